@@ -1,0 +1,44 @@
+# The environment is .venv, made at first need. PYTHON=/path/to/python3 chooses what it is made of.
+BIN := .venv/bin
+RUN := mitmweb -s addons/all.py --no-web-open-browser
+
+.PHONY: all help run demo test check bench docs lock upgrade clean .venv
+
+all: check test
+
+help: ## print this list
+	@sed -n 's/^\([a-z.]*\):.* ## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
+
+run: .venv ## proxy on 8080, mitmweb on 8081, stats page on 8082, until Ctrl-C
+	@exec $(BIN)/$(RUN)
+
+demo: .venv ## a recorded conversation through the whole chain, no key needed
+	@exec $(BIN)/python tests/demo.py
+
+test: .venv ## the tests; ARGS='-k name' picks some
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+check: .venv ## lint, format, types, and that the documentation is complete
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_docs.py
+
+bench: .venv ## what the chain costs, as a ratio to bare mitmdump
+	@exec $(BIN)/python tests/bench/run.py
+
+docs: .venv ## write the tables that come from code into the documentation
+	$(BIN)/python tests/docs.py
+
+.venv: ## only the environment
+	@sh .requirements/venv
+
+lock: ## remake the lock file after a change of pyproject.toml
+	sh .requirements/lock
+
+upgrade: ## remake the lock file with the newest versions
+	sh .requirements/lock --upgrade
+
+clean: ## remove the environment and all caches; certs/ stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find addons tests .requirements -name __pycache__ -prune -exec rm -rf {} +

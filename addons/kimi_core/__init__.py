@@ -1,0 +1,1 @@
+"""What kimi-proxy knows about LLM traffic; only `flows` knows mitmproxy."""
