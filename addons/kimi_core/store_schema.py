@@ -1,0 +1,225 @@
+"""The tables of the store, the migrations that make them, and the check that a file is ours.
+
+`PRAGMA user_version` holds the schema's version as `major * 1000 + minor`. A migration that older
+code can live with (a new table, a new column that may be null) raises the minor number; one that
+would make older code write wrong rows raises the major number. `PRAGMA application_id` marks the
+file, so that another program's database is never touched.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlite_utils import Database
+
+APPLICATION_ID = int.from_bytes(b"KIMI", "big")
+
+# What a migration created is history: never edit these, add a migration and build the tuples
+# below from both.
+_EXCHANGES_1_0: dict[str, type] = {
+    "id": str,
+    "session_id": str,
+    "started_at": float,
+    "ended_at": float,
+    "gen_ai.operation.name": str,
+    "gen_ai.provider.name": str,
+    "gen_ai.request.model": str,
+    "gen_ai.response.model": str,
+    "gen_ai.request.stream": int,
+    "gen_ai.response.finish_reason": str,
+    "gen_ai.usage.input_tokens": int,
+    "gen_ai.usage.output_tokens": int,
+    "gen_ai.usage.cache_read.input_tokens": int,
+    "gen_ai.usage.cache_creation.input_tokens": int,
+    "gen_ai.usage.reasoning.output_tokens": int,
+    "input_source": str,
+    "output_source": str,
+    "partial": int,
+    "system_tokens": int,
+    "tools_tokens": int,
+    "user_tokens": int,
+    "assistant_tokens": int,
+    "tool_result_tokens": int,
+    "memory_tokens": int,
+    "context_window": int,
+    "cost_usd": float,
+    "cost_source": str,
+    "saved_tokens": int,
+    "saved_usd": float,
+    "time_to_first_chunk_s": float,
+    "duration_s": float,
+    "status": int,
+    "error_type": str,
+    "dialect": str,
+    "kind": str,
+    "client": str,
+    "key_hash": str,
+    "project": str,
+    "messages": int,
+    "request_bytes": int,
+    "response_bytes": int,
+    "attempts": int,
+}
+_ATTEMPTS_1_0: dict[str, type] = {
+    "exchange_id": str,
+    "number": int,
+    "provider": str,
+    "model": str,
+    "started_at": float,
+    "duration_s": float,
+    "status": int,
+    "error_type": str,
+    "input_tokens": int,
+    "output_tokens": int,
+    "cost_usd": float,
+}
+_SESSIONS_1_0: dict[str, type] = {
+    "id": str,
+    "name": str,
+    "created_at": float,
+    "last_seen_at": float,
+    "key_hash": str,
+    "project": str,
+    "client": str,
+    "provider": str,
+    "model": str,
+    "source": str,
+    "context_tokens": int,
+    "context_window": int,
+    "exchanges": int,
+    "input_tokens": int,
+    "output_tokens": int,
+    "cost_usd": float,
+    "saved_tokens": int,
+    "saved_usd": float,
+}
+_CONVERSATIONS_1_0: dict[str, type] = {
+    "digest": bytes,
+    "session_id": str,
+    "key_hash": str,
+    "seen_at": float,
+}
+
+EXCHANGE_COLUMNS: tuple[str, ...] = tuple(_EXCHANGES_1_0)
+ATTEMPT_COLUMNS: tuple[str, ...] = tuple(_ATTEMPTS_1_0)
+SESSION_COLUMNS: tuple[str, ...] = tuple(_SESSIONS_1_0)
+CONVERSATION_COLUMNS: tuple[str, ...] = tuple(_CONVERSATIONS_1_0)
+
+
+class StoreError(Exception):
+    """The store cannot be used; the text says which file, why, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """One step of the schema, forward only; `apply` runs inside a transaction."""
+
+    major: int
+    minor: int
+    apply: Callable[[Database], None]
+
+    @property
+    def version(self) -> int:
+        return self.major * 1000 + self.minor
+
+
+def _first_tables(db: Database) -> None:
+    db.table("exchanges").create(
+        _EXCHANGES_1_0, pk="id", not_null={"id", "started_at"}
+    ).create_index(["started_at", "id"]).create_index(["session_id", "started_at", "id"])
+    db.table("attempts").create(_ATTEMPTS_1_0, pk=("exchange_id", "number"))
+    db.table("sessions").create(
+        _SESSIONS_1_0,
+        pk="id",
+        not_null={"id", "created_at", "last_seen_at"},
+        defaults={"exchanges": 0, "input_tokens": 0, "output_tokens": 0, "saved_tokens": 0},
+    ).create_index(["last_seen_at", "id"])
+    db.table("conversations").create(
+        _CONVERSATIONS_1_0, pk="digest", not_null={"digest", "session_id", "seen_at"}
+    ).create_index(["seen_at"])
+
+
+MIGRATIONS: tuple[Migration, ...] = (Migration(1, 0, _first_tables),)
+
+
+def check(db: Database, migrations: Sequence[Migration] = MIGRATIONS) -> None:
+    """Return when this code may read and write the database; only reads.
+
+    Raises StoreError for another program's database, and for one whose major version is newer.
+    """
+    application_id, version = _pragma(db, "application_id"), _pragma(db, "user_version")
+    if (application_id, version) == (0, 0) and not db.table_names():
+        return
+    if application_id != APPLICATION_ID:
+        raise StoreError(
+            "is the database of another program; it is left as it is, name another file"
+        )
+    newest = migrations[-1]
+    if version // 1000 > newest.major:
+        raise StoreError(
+            f"has schema {version // 1000}.{version % 1000}, made by a newer kimi-proxy; "
+            f"this one knows {newest.major}.{newest.minor}: update it or name another file"
+        )
+
+
+def migrate(db: Database, migrations: Sequence[Migration] = MIGRATIONS) -> None:
+    """Bring the database to the newest schema; all steps or, when one fails, none.
+
+    Raises StoreError as `check` does, sqlite3.Error when the database cannot be written.
+    """
+    if _pragma(db, "user_version") >= migrations[-1].version:
+        check(db, migrations)
+        return
+    with immediate(db):
+        # Another process may have migrated while this one waited for the lock.
+        check(db, migrations)
+        version = _pragma(db, "user_version")
+        for migration in migrations:
+            if migration.version > version:
+                migration.apply(db)
+                db.execute(f"PRAGMA user_version = {migration.version}")
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+
+
+@contextmanager
+def immediate(db: Database) -> Iterator[None]:
+    """A transaction that takes the write lock at once.
+
+    A deferred one that has read and then writes fails without waiting when somebody else has
+    written in between: SQLITE_BUSY_SNAPSHOT, https://www.sqlite.org/rescode.html#busy_snapshot
+    """
+    db.conn.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.conn.execute("COMMIT")
+    except BaseException:
+        # SQLITE_FULL and its like may have rolled back already.
+        if db.conn.in_transaction:
+            db.conn.execute("ROLLBACK")
+        raise
+
+
+def connect(path: Path, *, timeout_s: float, read_only: bool = False) -> Database:
+    """Return a new connection in autocommit mode.
+
+    A read-only one may move between threads, and creates no file. Raises sqlite3.Error.
+    """
+    conn = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}",
+        uri=True,
+        timeout=timeout_s,
+        isolation_level=None,
+        check_same_thread=not read_only,
+    )
+    db = Database(conn, recursive_triggers=False, execute_plugins=False)
+    if read_only:
+        db.execute("PRAGMA query_only = on")
+    return db
+
+
+def _pragma(db: Database, name: str) -> int:
+    return int(db.execute(f"PRAGMA {name}").fetchone()[0])
