@@ -1,0 +1,10 @@
+"""The whole chain, in order: `mitmdump -s addons/all.py`."""
+
+from counter import Counter
+from guard import Guard
+from recorder import Recorder
+from router import Dispatch, Router
+from stats import Stats
+from views import Views
+
+addons = [Guard(), Router(), Counter(), Recorder(), Stats(), Views(), Dispatch()]

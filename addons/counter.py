@@ -1,0 +1,224 @@
+"""Tokens, time and money of each exchange, streamed or not."""
+
+import asyncio
+import logging
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from weakref import WeakKeyDictionary
+
+from kimi_core import context, flows, tokens
+from kimi_core.dialects import ReplyReader
+from kimi_core.exchange import Category, Exchange, Provenance
+from kimi_core.flows import Rank
+from kimi_core.prices import PriceList
+from kimi_core.stages import HideUsage, ReadReply
+from mitmproxy import http
+from mitmproxy.addonmanager import Loader
+
+logger = logging.getLogger(__name__)
+
+_INLINE_BYTES = 4096
+"""Text up to this size is counted at once: that takes less than handing it to a thread."""
+
+Count = dict[Category, int]
+
+
+class Counter:
+    """Counts each exchange: the request when it leaves, the reply as it passes.
+
+    What the provider says counts; what it leaves out is counted by the model's own
+    tokenizer, or estimated where none is public, and each number says which. In a stream
+    usage is asked for where the provider takes the question, and hidden again from a
+    client that did not ask.
+    """
+
+    def __init__(self) -> None:
+        self._counter = context.Counter()
+        self._prices = PriceList()
+        self._readers: WeakKeyDictionary[Exchange, ReplyReader] = WeakKeyDictionary()
+        self._counts: WeakKeyDictionary[Exchange, Count | Future[Count]] = WeakKeyDictionary()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="counter")
+
+    def load(self, loader: Loader) -> None:
+        flows.join(self, loader)
+
+    def configure(self, updated: set[str]) -> None:
+        flows.suite().configure(updated)
+
+    def running(self) -> None:
+        # genai-prices takes a second to import; the first reply should not wait for it.
+        threading.Thread(target=self._prices.warm, name="counter-warm", daemon=True).start()
+
+    async def done(self) -> None:
+        await flows.leave(self)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @flows.step(Rank.COUNT)
+    @flows.fail_open
+    def request(self, flow: http.HTTPFlow) -> None:
+        exchange = flows.exchange(flow)
+        if exchange is None or flow.response or flow.error:
+            return
+        flows.session_id(flow)
+        reader = self._readers[exchange] = exchange.dialect.reader()
+        exchange.reply = reader.reply
+        flows.add_stage(flow, ReadReply(reader))
+        exchange.at_dispatch.append((Rank.COUNT, _ask_usage))
+        model = _model(exchange)
+        if (
+            self._counter.missing(exchange, model) <= _INLINE_BYTES
+            and tokens.tokenizer_for(model).loaded
+        ):
+            self._counts[exchange] = self._counter.count(exchange, model)
+        else:
+            self._counts[exchange] = self._pool.submit(self._counter.count, exchange, model)
+
+    @flows.step(Rank.COUNT)
+    @flows.fail_open
+    def responseheaders(self, flow: http.HTTPFlow) -> None:
+        exchange = flows.exchange(flow)
+        if exchange is None or flow.response is None:
+            return
+        if exchange.hide_usage:
+            flows.add_stage(flow, HideUsage())
+        self._tell(flow.response, exchange)
+
+    @flows.step(Rank.COUNT)
+    @flows.fail_open
+    async def response(self, flow: http.HTTPFlow) -> None:
+        await self._settle(flow)
+
+    @flows.step(Rank.COUNT)
+    @flows.fail_open
+    async def error(self, flow: http.HTTPFlow) -> None:
+        await self._settle(flow)
+
+    async def _settle(self, flow: http.HTTPFlow) -> None:
+        exchange = flows.exchange(flow)
+        if exchange is None:
+            return
+        reader = self._readers.get(exchange)
+        if reader is not None and not exchange.blocked:
+            exchange.reply = reader.finish()
+            await self._count(flow, exchange)
+            await self._price(exchange)
+        _label(flow, exchange)
+        if flow.response is not None and not flows.is_streamed(flow):
+            self._tell(flow.response, exchange, whole=True)
+
+    async def _count(self, flow: http.HTTPFlow, exchange: Exchange) -> None:
+        reply, usage = exchange.reply, exchange.reply.usage
+        failed = exchange.status is None or exchange.status >= 400
+        exchange.partial = not failed and (bool(flow.error) or exchange.stream) and not reply.complete
+        if reply.error and not exchange.error_type:
+            exchange.error_type = reply.error
+        elif failed and exchange.status is not None and not exchange.error_type:
+            exchange.error_type = str(exchange.status)
+        counted = self._counts.get(exchange)
+        if isinstance(counted, Future):
+            counted = await asyncio.wrap_future(counted)
+        exchange.context_tokens = counted or {}
+        if failed and usage.input_tokens is None:
+            return  # nobody bills what was refused
+        if exchange.operation == "count_tokens":
+            return  # its answer is a number of tokens, not tokens used
+        model = _model(exchange)
+        source: Provenance = "tokenizer" if tokens.tokenizer_for(model).exact else "estimate"
+        if usage.input_tokens is not None:
+            exchange.input_tokens, exchange.input_source = usage.input_tokens, "usage"
+        elif counted:
+            exchange.input_tokens, exchange.input_source = sum(counted.values()), source
+        output = usage.output_tokens
+        if output is None or exchange.partial:
+            # A cut stream's last word on usage may be its first: Anthropic begins with 1.
+            came = await asyncio.to_thread(self._counter.reply, exchange, model)
+            if output is None or came > output:
+                exchange.output_tokens, exchange.output_source = came, source
+                return
+        exchange.output_tokens, exchange.output_source = output, "usage"
+
+    async def _price(self, exchange: Exchange) -> None:
+        usage = exchange.reply.usage
+        if usage.cost_usd is not None:
+            exchange.cost_usd, exchange.cost_source = usage.cost_usd, "usage.cost"
+            return
+        if exchange.input_tokens is None and exchange.output_tokens is None:
+            return
+        route = exchange.route
+        provider = route.provider if route else ""
+        own = route.source.price(_model(exchange)) if route and route.source else None
+        if not self._prices.ready:
+            await asyncio.to_thread(self._prices.warm)
+        billed = replace(
+            usage, input_tokens=exchange.input_tokens, output_tokens=exchange.output_tokens
+        )
+        found = self._prices.cost(billed, provider, _model(exchange), own)
+        if found is not None:
+            exchange.cost_usd, exchange.cost_source = found
+
+    def _tell(self, response: http.Response, exchange: Exchange, *, whole: bool = False) -> None:
+        """Put what is known into the reply's headers."""
+        headers = response.headers
+        route = exchange.route
+        if exchange.session_id:
+            headers["X-Kimi-Proxy-Session"] = _header(exchange.session_id)
+        if route is not None:
+            headers["X-Kimi-Proxy-Provider"] = _header(route.provider)
+            headers["X-Kimi-Proxy-Model"] = _header(route.model)
+        tokens_in = exchange.input_tokens
+        if tokens_in is None and not whole:
+            counted = self._counts.get(exchange)
+            if isinstance(counted, Future):
+                counted = counted.result() if counted.done() and not counted.exception() else None
+            tokens_in = sum(counted.values()) if counted else None
+        if tokens_in is not None:
+            headers["X-Kimi-Proxy-Input-Tokens"] = str(tokens_in)
+            headers["X-Kimi-Proxy-Saved-Tokens"] = str(exchange.saved_tokens)
+        if whole and exchange.output_tokens is not None:
+            headers["X-Kimi-Proxy-Output-Tokens"] = str(exchange.output_tokens)
+        if whole and exchange.cost_usd is not None:
+            headers["X-Kimi-Proxy-Cost-Usd"] = f"{exchange.cost_usd:.9f}".rstrip("0").rstrip(".")
+
+
+def _model(exchange: Exchange) -> str:
+    return exchange.route.model if exchange.route else exchange.model
+
+
+def _ask_usage(exchange: Exchange) -> None:
+    """Ask for usage in the stream, where a rule names the model and its provider takes it."""
+    route = exchange.route
+    if route is None or not (route.named and route.stream_usage and exchange.stream):
+        return
+    if exchange.dialect.asks_usage(exchange.document):
+        return
+    options = exchange.document.get("stream_options")
+    asked = {**options} if isinstance(options, dict) else {}
+    exchange.document.set(("stream_options",), {**asked, "include_usage": True})
+    exchange.hide_usage = True
+
+
+def _label(flow: http.HTTPFlow, exchange: Exchange) -> None:
+    """Put the numbers into the flow's metadata, where `~meta` finds them."""
+    usage = exchange.reply.usage
+    values: dict[str, str | int | float | None] = {
+        "gen_ai.provider.name": exchange.route.provider if exchange.route else None,
+        "gen_ai.response.model": exchange.reply.model or None,
+        "gen_ai.usage.input_tokens": exchange.input_tokens,
+        "gen_ai.usage.output_tokens": exchange.output_tokens,
+        "gen_ai.usage.cache_read.input_tokens": usage.cache_read_tokens,
+        "gen_ai.usage.reasoning.output_tokens": usage.reasoning_tokens,
+        "kimi.cost_usd": exchange.cost_usd,
+        "kimi.input_source": exchange.input_source,
+        "kimi.output_source": exchange.output_source,
+    }
+    flow.metadata.update({name: value for name, value in values.items() if value is not None})
+    if exchange.partial:
+        flow.metadata["kimi.partial"] = True
+
+
+def _header(value: str) -> str:
+    return "".join(char for char in value if " " <= char <= "~")[:200]
+
+
+addons = [Counter()]

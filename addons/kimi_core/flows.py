@@ -1,0 +1,758 @@
+"""Where the core meets mitmproxy: exchanges, steps, stages, refusals.
+
+A handler of an addon is a *step*: `@step(Rank.COUNT)` on `request`, `responseheaders`,
+`response` or `error`. The first hook that mitmproxy calls for an event runs the steps of
+all loaded addons, in the order of their ranks, so that the order in which scripts were
+given does not matter. A reply passes through *stages* in the same way, streamed or not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import inspect
+import ipaddress
+import logging
+import time
+import zlib
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import brotli
+import zstandard
+from mitmproxy import ctx, exceptions, http
+from mitmproxy.addonmanager import Loader
+from mitmproxy.flow import Error
+
+from kimi_core import dialects, store
+from kimi_core.dialects import Call
+from kimi_core.document import Document, NotJSON
+from kimi_core.exchange import Exchange
+from kimi_core.rules import Rules, RulesError, RulesFile, default_rules_path
+from kimi_core.sessions import Sessions
+from kimi_core.sse import SSE, Event, Framing, JSONArray
+from kimi_core.stages import Stage
+
+logger = logging.getLogger(__name__)
+
+MAX_KEPT_BYTES = 16 * 1024 * 1024
+"""A streamed reply longer than this is not kept for mitmweb and saved flows."""
+
+LOOPBACK = "127.0.0.1"
+
+_IN_THREAD_BYTES = 1024 * 1024
+_RELOAD_EVERY_S = 1.0
+
+
+class Rank(IntEnum):
+    """The order of the chain, whatever the order of loading; all.py lists the addons in it."""
+
+    ADMIT = 0
+    ROUTE = 10
+    LIMIT = 20
+    MEMORY = 30
+    MASK = 40
+    COMPRESS = 50
+    CACHE = 60
+    ENFORCE = 70
+    COUNT = 80
+    RECORD = 82
+    SHOW = 84
+    VIEW = 86
+    DISPATCH = 90
+
+
+# --- what all addons of one proxy share -----------------------------------------------
+
+
+class Suite:
+    """What the addons of one proxy share: the steps, the rules, the store, the sessions."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, list[tuple[int, Any, Callable[..., Any]]]] = {}
+        self.members: list[Any] = []
+        self._wanted: str | None = None
+        self._rules: RulesFile | None = None
+        self._next_look = 0.0
+        self._store: store.Store | None = None
+        self._sessions: Sessions | None = None
+        self.hosts: frozenset[str] = frozenset()
+
+    @property
+    def rules(self) -> Rules:
+        """Return the rules in force, read again when the file has changed.
+
+        Raises OptionsError when they are wrong at the first reading.
+        """
+        if self._rules is None:
+            path = Path(ctx.options.kimi_rules) if ctx.options.kimi_rules else default_rules_path()
+            try:
+                self._rules = RulesFile(path.expanduser())
+            except RulesError as error:
+                raise exceptions.OptionsError(str(error)) from None
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + _RELOAD_EVERY_S
+            if problem := self._rules.refresh():
+                logger.warning("The old rules stay in force: %s", problem)
+        return self._rules.current
+
+    @property
+    def store(self) -> store.Store:
+        if self._store is None:
+            path = ctx.options.kimi_store or str(store.default_store_path())
+            self._store = store.shared(Path(path).expanduser())
+        return self._store
+
+    @property
+    def sessions(self) -> Sessions:
+        if self._sessions is None:
+            self._sessions = Sessions(self.store)
+        return self._sessions
+
+    def configure(self, updated: set[str]) -> None:
+        """Take new options; each addon calls it, the first call for an option does the work.
+
+        Raises OptionsError when rules.yaml is wrong, except at start: there mitmproxy would
+        print a traceback around it, while an ERROR in the log ends it just as well.
+        """
+        if "kimi_rules" in updated and self._wanted != ctx.options.kimi_rules:
+            self._wanted = ctx.options.kimi_rules
+            self._rules = None
+            try:
+                _ = self.rules
+            except exceptions.OptionsError as error:
+                server = ctx.master.addons.get("proxyserver")
+                if server is None or server.is_running:
+                    raise
+                logger.error("%s", error)
+        if "kimi_hosts" in updated:
+            self.hosts = frozenset(host.strip().lower() for host in ctx.options.kimi_hosts)
+
+    def close(self) -> None:
+        if self._store is not None:
+            store.release(self._store)
+            self._store = self._sessions = None
+
+
+_suites: WeakKeyDictionary[Any, Suite] = WeakKeyDictionary()
+
+
+def suite() -> Suite:
+    """Return what the addons of the running proxy share."""
+    found = _suites.get(ctx.master)
+    if found is None:
+        found = _suites[ctx.master] = Suite()
+    return found
+
+
+def join(addon: Any, loader: Loader) -> None:
+    """Make `addon` one of the suite; each calls it in its `load`.
+
+    Adds the options that all share and sets what the suite needs of mitmproxy.
+    """
+    loader.add_option(
+        "kimi_rules", str, "", "Path of rules.yaml; empty takes the one of the checkout."
+    )
+    loader.add_option(
+        "kimi_store",
+        str,
+        "",
+        "Path of the SQLite file; empty takes ~/.local/state/kimi-proxy/kimi.db.",
+    )
+    loader.add_option(
+        "kimi_hosts",
+        typespec=Sequence[str],
+        default=[],
+        help="Further HOST or HOST:PORT names by which clients reach this proxy as a base URL.",
+    )
+    defaults()
+    members = suite()
+    members.members.append(addon)
+    if not hasattr(addon, "request"):
+        # Whoever only looks at replies still has the request read before it leaves.
+        addon.request = functools.partial(_run, "request")
+    for event in ("request", "responseheaders", "response", "error"):
+        handler = getattr(addon, event, None)
+        if handler is not None and (rank := getattr(handler, "rank", None)) is not None:
+            steps = members.steps.setdefault(event, [])
+            steps.append((rank, addon, handler.step))
+            steps.sort(key=lambda entry: entry[0])
+
+
+async def leave(addon: Any) -> None:
+    """Take `addon` out of the suite; each awaits it in its `done`. The last one closes the store.
+
+    When the proxy stops, exchanges that are still open end first, as cut off.
+    """
+    members = suite()
+    if ctx.master.should_exit.is_set():
+        for flow, _ in live_exchanges():
+            flow.error = flow.error or Error("kimi-proxy stopped")
+            if (pending := _run("error", flow)) is not None:
+                await pending
+    if addon in members.members:
+        members.members.remove(addon)
+    for event, steps in members.steps.items():
+        members.steps[event] = [entry for entry in steps if entry[1] is not addon]
+    if not members.members:
+        members.close()
+
+
+def defaults() -> None:
+    """Set what the suite needs of mitmproxy, unless the user said otherwise."""
+    options = ctx.options
+    wanted: dict[str, Any] = {
+        "connection_strategy": "lazy",  # "eager" dials before we know where to
+        "confdir": str(confdir()),
+        # mitmproxy 12 may have begun to listen by now; Guard then turns other hosts away.
+        "listen_host": LOOPBACK,
+    }
+    for name, value in wanted.items():
+        must = name == "connection_strategy"
+        if name in options and (must or not options.has_changed(name)):
+            options.update(**{name: value})
+
+
+def confdir() -> Path:
+    """Return where the suite keeps its CA: `certs/` of the checkout, else the state directory."""
+    checkout = Path(__file__).resolve().parents[2]
+    if (checkout / "pyproject.toml").is_file():
+        return checkout / "certs"
+    return store.default_store_path().parent / "certs"
+
+
+# --- steps ----------------------------------------------------------------------------
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+
+class _State:
+    """What we know of one flow; kept as long as the flow lives."""
+
+    __slots__ = (
+        "answered",
+        "call",
+        "done",
+        "ended",
+        "exchange",
+        "malformed",
+        "pipe",
+        "read",
+        "secrets",
+        "stages",
+        "us",
+    )
+
+    def __init__(self) -> None:
+        self.done: set[str] = set()
+        self.read = False
+        self.us = False
+        self.call: Call | None = None
+        self.exchange: Exchange | None = None
+        self.malformed = ""
+        self.stages: list[Stage] = []
+        self.pipe: Pipe | None = None
+        self.answered = False
+        self.ended = False
+        self.secrets: tuple[bytes, ...] = ()
+
+
+_states: WeakKeyDictionary[http.HTTPFlow, _State] = WeakKeyDictionary()
+
+
+def _state(flow: http.HTTPFlow) -> _State:
+    state = _states.get(flow)
+    if state is None:
+        state = _states[flow] = _State()
+    return state
+
+
+def step(rank: Rank) -> Callable[[Handler], Handler]:
+    """Make a handler one step of its event, at its place in the chain."""
+
+    def decorate(handler: Handler) -> Handler:
+        event = handler.__name__
+
+        @functools.wraps(handler)
+        def hook(self: Any, flow: http.HTTPFlow) -> Awaitable[None] | None:
+            return _run(event, flow)
+
+        hook.rank = rank  # type: ignore[attr-defined]
+        hook.step = handler  # type: ignore[attr-defined]
+        return hook  # type: ignore[return-value]
+
+    return decorate
+
+
+def _run(event: str, flow: http.HTTPFlow) -> Awaitable[None] | None:
+    state = _state(flow)
+    if event == "request" and state.ended:  # the user replays the flow
+        state = _states[flow] = _State()
+    if event in state.done:
+        return None
+    state.done.add(event)
+    steps = suite().steps.get(event, ())
+    running = _steps(event, flow, state, iter(steps))
+    if event == "request" and len(flow.request.raw_content or b"") > _IN_THREAD_BYTES:
+        return _slowly(running, lambda: _read(flow, state))
+    if event == "response" and len((flow.response and flow.response.raw_content) or b"") > (
+        _IN_THREAD_BYTES
+    ):
+        return _slowly(running, lambda: drain(flow))
+    pending = next(running, None)
+    return None if pending is None else _finish(pending, running)
+
+
+def _steps(
+    event: str,
+    flow: http.HTTPFlow,
+    state: _State,
+    steps: Iterator[tuple[int, Any, Callable[..., Any]]],
+) -> Iterator[Awaitable[None]]:
+    if event == "request":
+        _read(flow, state)
+    elif event == "response":
+        drain(flow)
+    elif event == "error" and state.pipe is not None:
+        state.pipe.close()
+    if event in ("response", "error"):
+        state.ended = True
+        if state.exchange is not None:
+            _end(flow, state, state.exchange)
+    for _, addon, handler in steps:
+        if (pending := handler(addon, flow)) is not None and inspect.isawaitable(pending):
+            yield pending
+    if event == "responseheaders":
+        _open(flow, state)
+
+
+async def _finish(pending: Awaitable[None], running: Iterator[Awaitable[None]]) -> None:
+    await pending
+    for later in running:
+        await later
+
+
+async def _slowly(running: Iterator[Awaitable[None]], work: Callable[[], Any]) -> None:
+    await asyncio.to_thread(work)
+    for pending in running:
+        await pending
+
+
+def fail_open(handler: Handler) -> Handler:
+    """Let the flow pass when `handler` raises: one warning, and the number is missing."""
+    return _guarded(handler, None)
+
+
+def fail_closed(handler: Handler) -> Handler:
+    """Answer 502 when `handler` raises, because letting the flow pass would do harm."""
+
+    def block(flow: http.HTTPFlow, name: str) -> None:
+        refuse(flow, 502, f"kimi-proxy could not check this request ({name} failed).")
+
+    return _guarded(handler, block)
+
+
+def _guarded(handler: Any, block: Callable[[http.HTTPFlow, str], None] | None) -> Any:
+    def fail(flow: http.HTTPFlow, error: Exception) -> None:
+        name = handler.__qualname__
+        # An exception's text may quote a prompt or a key: its type and place are enough.
+        place = error.__traceback__
+        while place is not None and place.tb_next is not None:
+            place = place.tb_next
+        where = f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}" if place else ""
+        logger.warning("%s: %s failed: %s at %s", flow.id, name, type(error).__name__, where)
+        if block is not None and not flow.response:
+            block(flow, name)
+
+    if inspect.iscoroutinefunction(handler):
+
+        @functools.wraps(handler)
+        async def guarded_async(self: Any, flow: http.HTTPFlow) -> None:
+            try:
+                await handler(self, flow)
+            except Exception as error:
+                fail(flow, error)
+
+        return guarded_async
+
+    @functools.wraps(handler)
+    def guarded(self: Any, flow: http.HTTPFlow) -> Any:
+        try:
+            return handler(self, flow)
+        except Exception as error:
+            fail(flow, error)
+            return None
+
+    return guarded
+
+
+# --- exchanges ------------------------------------------------------------------------
+
+OWN_HEADERS = ("x-kimi-session", "x-kimi-bypass", "x-kimi-project")
+
+
+def exchange(flow: http.HTTPFlow) -> Exchange | None:
+    """Return the exchange that `flow` carries; None when it is no call to a model."""
+    state = _state(flow)
+    if not state.read:
+        _read(flow, state)
+    return state.exchange
+
+
+def asked(flow: http.HTTPFlow) -> Call | None:
+    """Return what the request's path asks for, whether or not its body can be read."""
+    return _state(flow).call
+
+
+def malformed(flow: http.HTTPFlow) -> str:
+    """Return why the body of a model call cannot be read, empty when it can."""
+    return _state(flow).malformed
+
+
+def for_us(flow: http.HTTPFlow) -> bool:
+    """Tell whether the client addressed the proxy itself, by a base URL."""
+    return _state(flow).us
+
+
+def live_exchanges() -> list[tuple[http.HTTPFlow, Exchange]]:
+    """Return the exchanges that have not ended yet."""
+    return [
+        (flow, state.exchange)
+        for flow, state in list(_states.items())
+        if state.exchange is not None and not state.ended
+    ]
+
+
+def _read(flow: http.HTTPFlow, state: _State) -> None:
+    if state.read:
+        return
+    state.read = True
+    state.us = addressed_to_us(flow)
+    own = {}
+    for name in OWN_HEADERS:
+        if (value := flow.request.headers.pop(name, None)) is not None:
+            own[name] = value
+    if not state.us and not is_llm_host(flow.request.host):
+        return
+    call = state.call = dialects.match(flow.request.method, flow.request.path)
+    if call is None or call.operation == "models":
+        return
+    try:
+        body = flow.request.content or b""
+    except ValueError as error:
+        state.malformed = str(error)
+        return
+    try:
+        document = Document(body, call.dialect.shape)
+    except NotJSON as error:
+        state.malformed = str(error)
+        return
+    headers = flow.request.headers
+    key = call.dialect.key(headers, flow.request.query)
+    found = Exchange(
+        id=flow.id,
+        dialect=call.dialect,
+        operation=call.operation,
+        document=document,
+        path_model=call.model,
+        path_provider=call.provider,
+        for_us=state.us,
+        headers=own,
+        client=headers.get("user-agent", "").partition(" ")[0][:80],
+        client_key_hash=hashlib.sha256(key.encode()).hexdigest()[:16] if key else "",
+        request_bytes=len(body),
+    )
+    found.model = call.dialect.model(document, call.model)
+    found.stream = call.dialect.streams(document, flow.request.path)
+    state.exchange = found
+
+
+def _end(flow: http.HTTPFlow, state: _State, ended: Exchange) -> None:
+    ended.ended = time.perf_counter()
+    ended.status = flow.response.status_code if flow.response else None
+    if state.pipe is not None:
+        ended.response_bytes = state.pipe.sent_bytes
+    elif flow.response is not None:
+        ended.response_bytes = len(flow.response.raw_content or b"")
+    if flow.error is not None and not ended.error_type:
+        ended.error_type = "connection"
+    flow.metadata["gen_ai.request.model"] = ended.model
+
+
+def session_id(flow: http.HTTPFlow) -> str:
+    """Return the id of the session that the flow's exchange belongs to."""
+    found = exchange(flow)
+    if found is None:
+        return ""
+    if not found.session_id:
+        suite().sessions.assign(found)
+        flow.metadata["gen_ai.conversation.id"] = found.session_id
+    return found.session_id
+
+
+def addressed_to_us(flow: http.HTTPFlow) -> bool:
+    """Tell whether a request came without CONNECT and names one of our listen addresses.
+
+    mitmproxy gives a flow within a CONNECT tunnel the tunnel's destination as server
+    address, and none to a request that it has yet to find a destination for.
+    """
+    if flow.server_conn.address is not None or flow.is_replay:
+        return False
+    host, port = flow.request.host.lower(), flow.request.port
+    named = suite().hosts
+    if host in named or f"{host}:{port}" in named:
+        return True
+    sockname = flow.client_conn.sockname
+    return bool(sockname) and port == sockname[1] and is_our_host(host, sockname[0])
+
+
+def is_our_host(host: str, listening: str = "") -> bool:
+    """Tell whether `host` is this machine's loopback or the address a client connected to."""
+    host = host.strip("[]").lower().rstrip(".")
+    if host == "localhost" or host.endswith(".localhost") or host == listening.lower():
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback or (mapped or address).is_unspecified)
+
+
+def is_llm_host(host: str) -> bool:
+    """Tell whether the rules name `host` as a provider's."""
+    return host.lower().rstrip(".") in suite().rules.hosts()
+
+
+def remember_secrets(flow: http.HTTPFlow, secrets: tuple[bytes, ...]) -> None:
+    """Keep, for this flow's life and in memory only, what its reply must not repeat."""
+    state = _state(flow)
+    state.secrets = (*state.secrets, *(s for s in secrets if s not in state.secrets))
+
+
+def secrets_of(flow: http.HTTPFlow) -> tuple[bytes, ...]:
+    """Return the keys that were in the request."""
+    return _state(flow).secrets
+
+
+# --- answers of our own ---------------------------------------------------------------
+
+
+def answer(flow: http.HTTPFlow, status: int, body: bytes, **headers: str) -> None:
+    """Answer the request with `body` (JSON); the stages do not see it."""
+    fields = {"content-type": "application/json", **headers}
+    flow.response = http.Response.make(status, body, fields)
+    _state(flow).answered = True
+
+
+def refuse(flow: http.HTTPFlow, status: int, message: str, type: str = "") -> None:
+    """Answer with an error in the client's dialect, which says who speaks."""
+    call = asked(flow)
+    dialect = call.dialect if call else dialects.OPENAI
+    if found := _state(flow).exchange:
+        found.blocked = message
+        found.error_type = type or str(status)
+    answer(flow, status, dialect.error(status, message, type))
+
+
+# --- the way back ---------------------------------------------------------------------
+
+
+def add_stage(flow: http.HTTPFlow, stage: Stage) -> None:
+    """Let the reply of `flow` pass through `stage`; to be called before the reply begins."""
+    stages = _state(flow).stages
+    stages.append(stage)
+    stages.sort(key=lambda entry: entry.rank)
+
+
+def is_streamed(flow: http.HTTPFlow) -> bool:
+    """Tell whether the reply passes to the client as it comes."""
+    return _state(flow).pipe is not None
+
+
+def _open(flow: http.HTTPFlow, state: _State) -> None:
+    """Let an event stream through as it comes; everything else is buffered by mitmproxy."""
+    response = flow.response
+    if response is None or state.answered or response.status_code == 204:
+        return
+    kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "text/event-stream":
+        framing: Framing = SSE()
+    elif state.exchange is not None and state.exchange.stream and kind == "application/json":
+        if state.exchange.dialect is not dialects.GEMINI or response.status_code != 200:
+            return
+        framing = JSONArray()
+    else:
+        return
+    if state.exchange is None:
+        response.stream = True
+        return
+    state.pipe = Pipe(flow, state.exchange, framing, state.stages)
+    response.stream = state.pipe
+
+
+class Pipe:
+    """Owns mitmproxy's `response.stream`: cuts a reply into events and sends them through stages.
+
+    Where every stage only reads, the client gets each piece as it came, at once.
+    """
+
+    def __init__(
+        self, flow: http.HTTPFlow, of: Exchange, framing: Framing, stages: list[Stage]
+    ) -> None:
+        self._id = flow.id
+        self._exchange = of
+        self._framing = framing
+        self._stages = stages
+        self._edits = any(not stage.reads_only for stage in stages)
+        self._kept: list[bytes] = []
+        self._kept_bytes = 0
+        self.sent_bytes = 0
+        self._ended = False
+        self._broken = False
+        assert flow.response is not None
+        headers = flow.response.headers
+        self._decode = _decoder(headers.get("content-encoding", ""))
+        if self._decode is None:
+            self._broken = True
+        elif self._edits:
+            headers.pop("content-encoding", None)
+            if headers.pop("content-length", None) and flow.response.http_version == "HTTP/1.1":
+                headers["transfer-encoding"] = "chunked"
+
+    def __call__(self, data: bytes) -> Iterable[bytes]:
+        if not data:
+            return self._keep(self._last())
+        if self._exchange.first_chunk is None:
+            self._exchange.first_chunk = time.perf_counter()
+        if self._broken or self._decode is None:
+            return self._keep([data])
+        try:
+            plain = self._decode(data)
+            out = self._through(self._framing.feed(plain))
+        except Exception as error:
+            logger.warning(
+                "%s: the stream cannot be read: %s; it passes as it is",
+                self._id,
+                type(error).__name__,
+            )
+            self._broken = True
+            return self._keep([data])
+        return self._keep(out if self._edits else [data])
+
+    @property
+    def content(self) -> bytes | None:
+        """Return what the client got; None when it was too long to keep."""
+        return None if self._kept_bytes > MAX_KEPT_BYTES else b"".join(self._kept)
+
+    def close(self) -> None:
+        """The reply was cut: tell the stages that nothing more comes."""
+        self._last()
+
+    def _last(self) -> list[bytes]:
+        if self._ended:
+            return []
+        self._ended = True
+        if self._broken:
+            return []
+        out = self._through(self._framing.end())
+        for index, stage in enumerate(self._stages):
+            try:
+                held: Iterable[Event] = stage.end()
+            except Exception as error:
+                self._failed(stage, error)
+                continue
+            out += self._through(list(held), index + 1)
+        return out if self._edits else []
+
+    def _through(self, events: list[Event], first: int = 0) -> list[bytes]:
+        for stage in self._stages[first:]:
+            passed: list[Event] = []
+            for event in events:
+                try:
+                    passed.extend(stage.feed(event))
+                except Exception as error:
+                    self._failed(stage, error)
+                    passed.append(event)
+            events = passed
+        return [event.raw for event in events]
+
+    def _failed(self, stage: Stage, error: Exception) -> None:
+        logger.warning(
+            "%s: %s failed on the reply: %s", self._id, type(stage).__name__, type(error).__name__
+        )
+        if stage.on_failure == "end":
+            raise error
+        if stage in self._stages:
+            self._stages = [other for other in self._stages if other is not stage]
+
+    def _keep(self, pieces: list[bytes]) -> list[bytes]:
+        # On HTTP/1.1 an empty piece would end a chunked body: nothing is [], never b"".
+        pieces = [piece for piece in pieces if piece]
+        for piece in pieces:
+            self.sent_bytes += len(piece)
+            self._kept_bytes += len(piece)
+            if self._kept_bytes <= MAX_KEPT_BYTES:
+                self._kept.append(piece)
+            else:
+                self._kept.clear()
+        return pieces
+
+
+def drain(flow: http.HTTPFlow) -> None:
+    """Send a buffered reply through the stages, once; a streamed one gets its bytes to show."""
+    state = _state(flow)
+    if "drained" in state.done or state.exchange is None or flow.response is None:
+        return
+    state.done.add("drained")
+    response = flow.response
+    if state.pipe is not None:
+        state.pipe.close()
+        response.data.content = state.pipe.content
+        return
+    if state.answered:
+        return
+    if state.exchange.first_chunk is None:
+        state.exchange.first_chunk = time.perf_counter()
+    try:
+        body = response.content or b""
+    except ValueError:
+        return
+    events = [Event(body, body, "body")]
+    for stage in state.stages:
+        try:
+            passed = [out for event in events for out in stage.feed(event)]
+            events = [*passed, *stage.end()]
+        except Exception as error:
+            logger.warning(
+                "%s: %s failed on the reply: %s",
+                flow.id,
+                type(stage).__name__,
+                type(error).__name__,
+            )
+            if stage.on_failure == "end":
+                refuse(flow, 502, f"the reply could not be passed on ({type(stage).__name__})")
+                return
+    out = b"".join(event.raw for event in events)
+    if out != body:
+        response.content = out
+
+
+def _decoder(encoding: str) -> Callable[[bytes], bytes] | None:
+    """Return a function that undoes a content-encoding piece by piece; None if unknown."""
+    encoding = encoding.strip().lower()
+    if encoding in ("", "identity"):
+        return bytes
+    if encoding in ("gzip", "x-gzip", "deflate"):
+        # 32 + 15: zlib finds out by itself whether the header is gzip's or zlib's.
+        return zlib.decompressobj(47).decompress
+    if encoding == "br":
+        return brotli.Decompressor().process  # type: ignore[no-any-return]
+    if encoding == "zstd":
+        return zstandard.ZstdDecompressor().decompressobj().decompress
+    return None

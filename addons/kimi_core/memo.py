@@ -1,0 +1,36 @@
+"""A bounded memory for what is dear to compute and cheap to lose."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class Memo(Generic[Key, Value]):
+    """A dict of at most 2 x `size` entries that forgets what was not asked for lately.
+
+    Two generations: what is found in the old one moves to the young one; when that is
+    full it becomes the old one. A look-up is a dict look-up, unlike with an LRU list.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._young: dict[Key, Value] = {}
+        self._old: dict[Key, Value] = {}
+
+    def get(self, key: Key) -> Value | None:
+        """Return what was put under `key`, None when nothing was or it is forgotten."""
+        found = self._young.get(key)
+        if found is None and (found := self._old.get(key)) is not None:
+            self.put(key, found)
+        return found
+
+    def put(self, key: Key, value: Value) -> None:
+        if len(self._young) >= self._size:
+            self._old, self._young = self._young, {}
+        self._young[key] = value
+
+    def __len__(self) -> int:
+        return len(self._young.keys() | self._old.keys())

@@ -1,0 +1,118 @@
+"""Finished exchanges into SQLite."""
+
+import logging
+
+from kimi_core import flows
+from kimi_core.exchange import Exchange
+from kimi_core.flows import Rank
+from mitmproxy import http
+from mitmproxy.addonmanager import Loader
+
+logger = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Writes one row for each exchange and one for each upstream request, when it has ended.
+
+    The rows go to the store's writer thread: the flow does not wait for them, and a
+    database that is locked or full does not reach it. No content is written.
+    """
+
+    def load(self, loader: Loader) -> None:
+        flows.join(self, loader)
+
+    def configure(self, updated: set[str]) -> None:
+        flows.suite().configure(updated)
+
+    async def done(self) -> None:
+        await flows.leave(self)
+
+    @flows.step(Rank.RECORD)
+    @flows.fail_open
+    def response(self, flow: http.HTTPFlow) -> None:
+        self._record(flow)
+
+    @flows.step(Rank.RECORD)
+    @flows.fail_open
+    def error(self, flow: http.HTTPFlow) -> None:
+        self._record(flow)
+
+    def _record(self, flow: http.HTTPFlow) -> None:
+        exchange = flows.exchange(flow)
+        if exchange is None:
+            return
+        flows.session_id(flow)
+        store = flows.suite().store
+        store.add_exchange(row(exchange))
+        if not exchange.blocked:
+            store.add_attempt(attempt(exchange))
+
+
+def row(exchange: Exchange) -> dict[str, int | float | str | None]:
+    """Return the exchange as a row of the `exchanges` table."""
+    usage, route, context = exchange.reply.usage, exchange.route, exchange.context_tokens
+    duration = exchange.ended - exchange.started if exchange.ended is not None else None
+    first = exchange.first_chunk
+    return {
+        "id": exchange.id,
+        "session_id": exchange.session_id,
+        "started_at": exchange.started_at,
+        "ended_at": exchange.started_at + duration if duration is not None else None,
+        "gen_ai.operation.name": exchange.operation,
+        "gen_ai.provider.name": route.provider if route else None,
+        "gen_ai.request.model": exchange.model or None,
+        "gen_ai.response.model": exchange.reply.model or (route.model if route else None),
+        "gen_ai.request.stream": int(exchange.stream),
+        "gen_ai.response.finish_reason": exchange.reply.finish_reason or None,
+        "gen_ai.usage.input_tokens": exchange.input_tokens,
+        "gen_ai.usage.output_tokens": exchange.output_tokens,
+        "gen_ai.usage.cache_read.input_tokens": usage.cache_read_tokens,
+        "gen_ai.usage.cache_creation.input_tokens": usage.cache_write_tokens,
+        "gen_ai.usage.reasoning.output_tokens": usage.reasoning_tokens,
+        "input_source": exchange.input_source,
+        "output_source": exchange.output_source,
+        "partial": int(exchange.partial),
+        **{
+            f"{category}_tokens": context.get(category)
+            for category in ("system", "tools", "user", "assistant", "tool_result", "memory")
+        },
+        "context_window": route.context if route else None,
+        "cost_usd": exchange.cost_usd,
+        "cost_source": exchange.cost_source or None,
+        "saved_tokens": exchange.saved_tokens,
+        "saved_usd": exchange.saved_usd,
+        "time_to_first_chunk_s": first - exchange.started if first is not None else None,
+        "duration_s": duration,
+        "status": exchange.status,
+        "error_type": exchange.error_type or None,
+        "dialect": exchange.dialect.name,
+        "kind": exchange.kind,
+        "client": exchange.client or None,
+        "key_hash": exchange.client_key_hash or None,
+        "project": exchange.headers.get("x-kimi-project"),
+        "messages": exchange.messages,
+        "request_bytes": exchange.request_bytes,
+        "response_bytes": exchange.response_bytes,
+        "attempts": 0 if exchange.blocked else 1,
+    }
+
+
+def attempt(exchange: Exchange) -> dict[str, int | float | str | None]:
+    """Return the one upstream request of an exchange as a row of the `attempts` table."""
+    route = exchange.route
+    return {
+        "exchange_id": exchange.id,
+        "number": 1,
+        "provider": route.provider if route else None,
+        "model": route.model if route else None,
+        "started_at": exchange.started_at,
+        "duration_s": exchange.ended - exchange.started if exchange.ended is not None else None,
+        "status": exchange.status,
+        "error_type": exchange.error_type or None,
+        "input_tokens": exchange.input_tokens,
+        "output_tokens": exchange.output_tokens,
+        "cost_usd": exchange.cost_usd,
+    }
+
+
+addons = [Recorder()]

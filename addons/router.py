@@ -1,0 +1,334 @@
+"""Pick provider and model for each exchange, and, last of the chain, send it there."""
+
+import logging
+from urllib.parse import urlsplit
+
+from kimi_core import dialects, flows
+from kimi_core.balance import Balancer
+from kimi_core.dialects import Offer
+from kimi_core.exchange import Exchange, Route
+from kimi_core.flows import Rank
+from kimi_core.rules import Match, Provider, Rules, Target
+from mitmproxy import http
+from mitmproxy.addonmanager import Loader
+
+logger = logging.getLogger(__name__)
+
+PATHS = (
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/models",
+    "/v1beta/models/MODEL:generateContent",
+    "/v1beta/models/MODEL:streamGenerateContent",
+)
+
+
+class Router:
+    """Gives each exchange its route: by rule, else by what the client itself addressed.
+
+    A request to a base URL of ours always gets a destination or a clear refusal; one that came
+    for a provider's own host, with a model that no rule names, is left alone.
+    """
+
+    def __init__(self) -> None:
+        self.balancer = Balancer()
+
+    def load(self, loader: Loader) -> None:
+        flows.join(self, loader)
+
+    def configure(self, updated: set[str]) -> None:
+        flows.suite().configure(updated)
+
+    async def done(self) -> None:
+        await flows.leave(self)
+
+    @flows.step(Rank.ROUTE)
+    @flows.fail_closed
+    def request(self, flow: http.HTTPFlow) -> None:
+        if flow.response or flow.error:
+            return
+        rules = flows.suite().rules
+        exchange = flows.exchange(flow)
+        if exchange is None:
+            if flows.for_us(flow):
+                self._answer_without_exchange(flow, rules)
+            return
+        if exchange.for_us and not exchange.model:
+            flows.refuse(flow, 400, "The request names no model.")
+            return
+        provider = self._addressed(flow, exchange, rules)
+        if flow.response:
+            return
+        self._route(flow, exchange, rules, provider)
+
+    @flows.step(Rank.ROUTE)
+    @flows.fail_open
+    def response(self, flow: http.HTTPFlow) -> None:
+        if exchange := flows.exchange(flow):
+            self.balancer.note(exchange)
+
+    def _answer_without_exchange(self, flow: http.HTTPFlow, rules: Rules) -> None:
+        call = flows.asked(flow)
+        if call is None:
+            named = urlsplit(flow.request.path).path
+            flows.refuse(
+                flow,
+                404,
+                f"kimi-proxy has no {flow.request.method} {named[:200]}. It serves "
+                f"{', '.join(PATHS)}, each also behind /PROVIDER, with PROVIDER one of "
+                f"{', '.join(rules.providers)}.",
+            )
+        elif call.operation == "models":
+            self._list_models(flow, rules, call.provider)
+        else:
+            flows.refuse(flow, 400, f"The body is no JSON object: {flows.malformed(flow)}")
+
+    def _list_models(self, flow: http.HTTPFlow, rules: Rules, named: str) -> None:
+        headers = flow.request.headers
+        if named:
+            provider = rules.providers.get(named)
+            if provider is None or provider.problem:
+                flows.refuse(flow, 404, _unknown_provider(named, rules, provider))
+                return
+            key = provider.key.reveal() if provider.key else ""
+            if provider.takes_key and not key:
+                flows.refuse(flow, 401, _no_key(provider))
+                return
+            _redirect(flow, provider.base_url, "/models")
+            _authorize(flow, provider, provider.api, key)
+            return
+        offers = [
+            Offer(rule.name, rule.targets[0].provider, rule.context) for rule in rules.offered()
+        ]
+        if "anthropic-version" in headers:
+            dialect = dialects.ANTHROPIC
+        elif "x-goog-api-key" in headers or "/v1beta" in flow.request.path:
+            dialect = dialects.GEMINI
+        else:
+            dialect = dialects.OPENAI
+        flows.answer(flow, 200, dialect.models(offers))
+
+    def _addressed(
+        self, flow: http.HTTPFlow, exchange: Exchange, rules: Rules
+    ) -> Provider | None:
+        """Return the provider that the client itself named, by path or by host."""
+        if not exchange.for_us:
+            return rules.providers_by_host(flow.request.host, flow.request.port)
+        if not exchange.path_provider:
+            return None
+        provider = rules.providers.get(exchange.path_provider)
+        if provider is None:
+            flows.refuse(flow, 404, _unknown_provider(exchange.path_provider, rules, None))
+        return provider
+
+    def _route(
+        self, flow: http.HTTPFlow, exchange: Exchange, rules: Rules, addressed: Provider | None
+    ) -> None:
+        match = rules.match(exchange.model, addressed)
+        if match is None and not exchange.for_us:
+            exchange.route = Route(
+                provider=addressed.name if addressed else flow.request.host,
+                model=exchange.model,
+                dialect=exchange.dialect.name,
+                context=_window(rules, exchange.model),
+                source=addressed,
+            )
+            flows.session_id(flow)
+            return
+        key = exchange.dialect.key(flow.request.headers, flow.request.query)
+        if match is None:
+            found = addressed or rules.detect(None, exchange.model, key)
+            if found is None and rules.default_model:
+                match = rules.match(rules.default_model)
+            if found is None and match is None:
+                flows.refuse(flow, 404, _unknown_model(exchange.model, rules))
+                return
+            targets = match.targets if match else (Target(_known(found), exchange.model),)
+        else:
+            targets = match.targets
+            if exchange.for_us and addressed is not None:
+                # The path names a provider: a rule may say how it calls the model, no more.
+                own = tuple(t for t in targets if t.provider.name == addressed.name)
+                targets = own or (Target(addressed, exchange.model),)
+        target = self._target(flow, exchange, rules, match, targets)
+        if target is None:
+            return
+        provider = target.provider
+        secret = provider.key
+        keeps = provider.takes_key and secret is None
+        if keeps and not _may_pass(key, provider, addressed, rules, exchange.for_us):
+            flows.refuse(flow, 401, _no_key(provider))
+            return
+        exchange.route = Route(
+            provider=provider.name,
+            model=target.model,
+            dialect=exchange.dialect.name,
+            url=provider.url_for(exchange.dialect.name) or "",
+            key=secret,
+            keep_client_key=keeps,
+            named=True,
+            stream_usage=provider.stream_usage,
+            context=(match.context if match else None) or _window(rules, exchange.model),
+            source=provider,
+        )
+
+    def _target(
+        self,
+        flow: http.HTTPFlow,
+        exchange: Exchange,
+        rules: Rules,
+        match: Match | None,
+        targets: tuple[Target, ...],
+    ) -> Target | None:
+        """Return the target that the exchange goes to; refuse it when there is none."""
+        usable = tuple(t for t in targets if not t.provider.problem)
+        if not usable:
+            flows.refuse(flow, 401, "; ".join(str(t.provider.problem) for t in targets))
+            return None
+        spoken = tuple(t for t in usable if t.provider.url_for(exchange.dialect.name))
+        if not spoken:
+            speaks = "; ".join(
+                f"{t.provider.name} speaks {', '.join(t.provider.dialects)}" for t in usable
+            )
+            flows.refuse(
+                flow,
+                400,
+                f"{exchange.model} cannot be asked in the {exchange.dialect.name} dialect: "
+                f"{speaks}. Ask it in one of these.",
+            )
+            return None
+        session = flows.session_id(flow)
+        target = (
+            self.balancer.choose(match, spoken, session, rules.sticky) if match else spoken[0]
+        )
+        sockname = flow.client_conn.sockname
+        if sockname and target.provider in rules.points_at([(sockname[0], sockname[1])]):
+            flows.refuse(
+                flow,
+                508,
+                f"The base_url of provider {target.provider.name} leads back to kimi-proxy itself; "
+                "write the provider's own address into rules.yaml.",
+            )
+            return None
+        return target
+
+
+class Dispatch:
+    """Sends each exchange on its route: what the addons asked for, then host, path and key.
+
+    Where a route changes nothing, the original bytes leave.
+    """
+
+    def load(self, loader: Loader) -> None:
+        flows.join(self, loader)
+
+    def configure(self, updated: set[str]) -> None:
+        flows.suite().configure(updated)
+
+    async def done(self) -> None:
+        await flows.leave(self)
+
+    @flows.step(Rank.DISPATCH)
+    @flows.fail_closed
+    def request(self, flow: http.HTTPFlow) -> None:
+        exchange = flows.exchange(flow)
+        if flow.response or flow.error or exchange is None or exchange.route is None:
+            return
+        route = exchange.route
+        call = flows.asked(flow)
+        for _, prepare in sorted(exchange.at_dispatch, key=lambda entry: entry[0]):
+            prepare(exchange)
+        if exchange.stream and route.url:
+            # A compressed stream would have to be undone to be read as it passes.
+            flow.request.headers["accept-encoding"] = "identity"
+        if route.url and call is not None:
+            rest = call.rest
+            if call.model:
+                rest = rest.replace(f"/models/{call.model}:", f"/models/{route.model}:", 1)
+            elif route.model != exchange.model:
+                exchange.document.set(("model",), route.model)
+            _redirect(flow, route.url, rest)
+            if not route.keep_client_key:
+                key = route.key.reveal() if route.key else ""
+                _authorize(flow, route.source, route.dialect, key)
+        if exchange.document.edited:
+            body = exchange.document.encode()
+            flow.request.headers.pop("content-encoding", None)
+            flow.request.content = body
+
+
+def _redirect(flow: http.HTTPFlow, base_url: str, rest: str) -> None:
+    parts = urlsplit(base_url)
+    query = urlsplit(flow.request.path).query
+    request = flow.request
+    request.scheme = parts.scheme
+    request.host = parts.hostname or ""
+    request.port = parts.port or (443 if parts.scheme == "https" else 80)
+    request.path = parts.path.rstrip("/") + rest + (f"?{query}" if query else "")
+    for name in ("proxy-authorization", "proxy-connection", "origin", "referer"):
+        request.headers.pop(name, None)
+
+
+def _authorize(flow: http.HTTPFlow, provider: Provider | None, dialect: str, key: str) -> None:
+    """Put the provider's key in the place of the client's; no key: none is sent."""
+    headers = flow.request.headers
+    for name in ("authorization", "x-api-key", "x-goog-api-key", "api-key", "cookie"):
+        headers.pop(name, None)
+    if "key" in flow.request.query:
+        flow.request.query = [(n, v) for n, v in flow.request.query.fields if n != "key"]
+    if key and provider is not None:
+        name = provider.key_header(dialect)
+        headers[name] = f"Bearer {key}" if name == "authorization" else key
+
+
+def _may_pass(
+    key: str, provider: Provider, addressed: Provider | None, rules: Rules, for_us: bool
+) -> bool:
+    """Tell whether the client's own key is this provider's, so that it may go there."""
+    if not key:
+        return False
+    if addressed is not None and not for_us:
+        return addressed.name == provider.name
+    by_form = rules.detect(None, "", key)
+    if by_form is not None and by_form.name == provider.name:
+        return True
+    return addressed is not None and addressed.name == provider.name and (
+        by_form is None or not provider.key_prefixes
+    )
+
+
+def _known(provider: Provider | None) -> Provider:
+    assert provider is not None
+    return provider
+
+
+def _window(rules: Rules, model: str) -> int | None:
+    rule = rules.about(model)
+    return rule.context if rule else None
+
+
+def _no_key(provider: Provider) -> str:
+    variable = provider.key_variable or "key"
+    return (
+        f"kimi-proxy has no key for provider {provider.name}: set {variable} in the environment "
+        "or in .env beside rules.yaml."
+    )
+
+
+def _unknown_provider(named: str, rules: Rules, provider: Provider | None) -> str:
+    if provider is not None and provider.problem:
+        return provider.problem
+    return f"rules.yaml has no provider {named[:100]!r}; it has {', '.join(rules.providers)}."
+
+
+def _unknown_model(model: str, rules: Rules) -> str:
+    offered = ", ".join(rule.name for rule in rules.offered())
+    return (
+        f"No rule names the model {model[:200]!r}, and neither its name nor the key tells its "
+        f"provider. Add it to rules.yaml, set default_model, or ask for one of: {offered}."
+    )
+
+
+addons = [Router(), Dispatch()]

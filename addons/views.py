@@ -1,0 +1,167 @@
+"""Conversations in mitmweb: what was said, by whom, and how many tokens it took."""
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from kimi_core import context, flows, transcript
+from kimi_core.context import Piece
+from kimi_core.dialects import Call
+from kimi_core.document import NotJSON
+from kimi_core.exchange import Exchange
+from kimi_core.flows import Rank
+from mitmproxy import contentviews, ctx, http
+from mitmproxy.addonmanager import Loader
+
+logger = logging.getLogger(__name__)
+
+_NAME = "LLM conversation"
+_COUNTED_BYTES = 2_000_000
+"""A longer request is shown without tokens, so that a look does not block the proxy."""
+
+
+class Views:
+    """Shows exchanges: a content view for both directions, and a comment on each flow.
+
+    mitmweb keeps every flow in memory, so the oldest finished ones are dropped.
+    """
+
+    def __init__(self) -> None:
+        self._view = _view()
+
+    def load(self, loader: Loader) -> None:
+        flows.join(self, loader)
+        loader.add_option(
+            "views_keep", int, 1000, "How many finished flows mitmweb keeps; 0 keeps all."
+        )
+        contentviews.add(self._view)
+
+    def configure(self, updated: set[str]) -> None:
+        flows.suite().configure(updated)
+
+    async def done(self) -> None:
+        if not hasattr(contentviews, "Contentview"):
+            contentviews.remove(self._view)
+        await flows.leave(self)
+
+    @flows.step(Rank.VIEW)
+    @flows.fail_open
+    def response(self, flow: http.HTTPFlow) -> None:
+        self._show(flow)
+
+    @flows.step(Rank.VIEW)
+    @flows.fail_open
+    def error(self, flow: http.HTTPFlow) -> None:
+        self._show(flow)
+
+    def _show(self, flow: http.HTTPFlow) -> None:
+        exchange = flows.exchange(flow)
+        if exchange is not None and not flow.comment:
+            flow.comment = _summary(exchange)
+        self._bound()
+
+    def _bound(self) -> None:
+        view = ctx.master.addons.get("view")
+        keep = ctx.options.views_keep
+        if view is None or not keep or len(view._store) <= keep * 1.1:
+            return
+        finished = [flow for flow in view._store.values() if not flow.live]
+        if len(finished) > keep:
+            view.remove(finished[: len(finished) - keep])
+
+
+def _summary(exchange: Exchange) -> str:
+    if exchange.blocked:
+        return f"refused: {exchange.blocked[:200]}"
+    said = []
+    if exchange.input_tokens is not None:
+        cached = exchange.reply.usage.cache_read_tokens
+        about = "~" if exchange.input_source == "estimate" else ""
+        said.append(f"{about}{exchange.input_tokens:,} in" + (f" ({cached:,} cached)" if cached else ""))
+    if exchange.output_tokens is not None:
+        about = "~" if exchange.output_source == "estimate" else ""
+        said.append(f"{about}{exchange.output_tokens:,} out")
+    if exchange.cost_usd is not None:
+        said.append(f"${exchange.cost_usd:.6f}")
+    if exchange.route is not None:
+        said.append(f"{exchange.route.model} at {exchange.route.provider}")
+    if exchange.partial:
+        said.append("cut off")
+    if exchange.error_type:
+        said.append(f"error {exchange.error_type}")
+    return " · ".join(said)
+
+
+_counter = context.Counter(1024)
+
+
+def _conversation(data: bytes, flow: Any, message: Any) -> str:
+    """Return the message's body as a conversation. Raises NotJSON."""
+    call = _call(flow)
+    if call is None:
+        raise NotJSON("no model call")
+    if isinstance(message, http.Request):
+        exchange = flows.exchange(flow)
+        counted = None
+        if exchange is not None and len(data) <= _COUNTED_BYTES:
+            route = exchange.route
+            model = route.model if route else exchange.model
+
+            def count(piece: Piece) -> int:
+                return _counter.tokens_of(exchange, model, piece)
+
+            counted = count
+        return transcript.request(call, data, counted)
+    return transcript.reply(call, data, message.headers.get("content-type", ""))
+
+
+def _call(flow: Any) -> Call | None:
+    if not isinstance(flow, http.HTTPFlow):
+        return None
+    return transcript.looks_like(flow.request.method, flow.request.path)
+
+
+def _priority(data: bytes, flow: Any, message: Any) -> float:
+    """Rank above the JSON view for model calls, below everything for all else."""
+    if not data or _call(flow) is None or message is None:
+        return -1
+    kind = message.headers.get("content-type", "")
+    if isinstance(message, http.Request):
+        return 2 if data.lstrip()[:1] == b"{" else -1
+    return 2 if "json" in kind or "event-stream" in kind else -1
+
+
+def _view() -> Any:
+    """Return the content view, made for the API of the mitmproxy that runs."""
+    if hasattr(contentviews, "Contentview"):
+
+        class Conversation(contentviews.Contentview):  # type: ignore[misc,name-defined]
+            name = _NAME
+            syntax_highlight = "none"
+
+            def prettify(self, data: bytes, metadata: Any) -> str:
+                return _conversation(data, metadata.flow, metadata.http_message)
+
+            def render_priority(self, data: bytes, metadata: Any) -> float:
+                return _priority(data, metadata.flow, metadata.http_message)
+
+        return Conversation()
+
+    class OldConversation(contentviews.View):  # type: ignore[misc,name-defined]  # mitmproxy 11
+        name = _NAME
+
+        def __call__(
+            self, data: bytes, *, flow: Any = None, http_message: Any = None, **_: Any
+        ) -> tuple[str, Iterable[Any]]:
+            text = _conversation(data, flow, http_message)
+            return _NAME, contentviews.format_text(text)
+
+        def render_priority(
+            self, data: bytes, *, flow: Any = None, http_message: Any = None, **_: Any
+        ) -> float:
+            return _priority(data, flow, http_message)
+
+    return OldConversation()
+
+
+addons = [Views()]

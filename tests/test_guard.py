@@ -1,0 +1,216 @@
+"""Keys stay where they belong, and our own ports stay closed to proxied clients."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from proxy import PLANTED, Proxy
+from upstream import Abort, Framing, Reply, Upstream
+
+CLIENTS = "sk-clients-own-fedcba9876543210"
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def guarded(provider: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    folder = tmp_path_factory.mktemp("guarded")
+    options = [f"stats_port={_free_port()}", "flow_detail=4"]
+    with Proxy(
+        folder, provider, options=options, arguments=["-w", str(folder / "flows.mitm")]
+    ) as started:
+        yield started
+
+
+def test_no_key_is_found_in_flows_store_or_log(
+    up: Upstream, tmp_path: Path
+) -> None:
+    """All that can go well or wrong, then the whole folder is searched."""
+    saved = tmp_path / "flows.mitm"
+    up.keys["api.anthropic.com"] = "another key"
+    up.echo_key = True
+    options = ["flow_detail=4", "termlog_verbosity=debug"]
+    with Proxy(tmp_path, up, options=options, arguments=["-w", str(saved)]) as proxy:
+        headers = {"authorization": f"Bearer {CLIENTS}"}
+        body = {"model": "kimi-k2", "messages": HELLO}
+        with proxy.base_client() as client:
+            for stream in (False, True):
+                client.post("/v1/chat/completions", json=body | {"stream": stream}, headers=headers)
+            up.default = Reply(status=500, error="broken")
+            client.post("/v1/chat/completions", json=body, headers=headers)
+            client.post("/v1/chat/completions", json={"model": "unheard-of"}, headers=headers)
+            client.post(f"/v1beta/models/gem:generateContent?key={CLIENTS}", json={"contents": []})
+            echoed = client.post(
+                "/v1/messages", json=body | {"model": "claude-test"}, headers=headers
+            )
+            assert echoed.status_code == 401
+            assert PLANTED not in echoed.text, "our key is not the client's to see"
+            up.default = Reply(framing=Framing(abort=Abort()))
+            client.post("/v1/chat/completions", json=body | {"stream": True}, headers=headers)
+        with proxy.client() as client:
+            up.default = Reply()
+            client.post(
+                f"https://generativelanguage.googleapis.com/v1beta/models/other:generateContent?key={CLIENTS}",
+                json={"contents": []},
+            )
+            assert f"key={CLIENTS}" in up.requests[-1].query
+            client.get("https://api.openai.com/v1/anything", headers=headers)
+            assert up.requests[-1].key == CLIENTS
+            client.post("https://api.openai.com/v1/chat/completions", json=body, headers=headers)
+        assert PLANTED in {request.key for request in up.requests}
+        proxy.settled()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert saved in files
+    assert saved.stat().st_size > 1000
+    assert proxy.store in files
+    for path in files:
+        content = path.read_bytes()
+        for key in (PLANTED, CLIENTS):
+            assert key.encode() not in content, f"{path.name} holds a key"
+
+
+def test_a_flow_still_open_when_the_proxy_stops_is_saved_without_keys(
+    up: Upstream, tmp_path: Path
+) -> None:
+    import threading
+
+    go_on = threading.Event()
+    saved = tmp_path / "flows.mitm"
+    up.default = Reply(text="word " * 50, framing=Framing(hang=go_on, hang_after=5))
+    try:
+        with Proxy(tmp_path, up, arguments=["-w", str(saved)]) as proxy:
+            with proxy.base_client() as client, client.stream(
+                "POST",
+                "/v1/chat/completions",
+                json={"model": "kimi-k2", "stream": True, "messages": HELLO},
+            ) as answer:
+                next(answer.iter_bytes())
+                assert proxy.stop() == 0
+            row = proxy.row(1)
+    finally:
+        go_on.set()
+    assert row["partial"] == 1
+    assert row["gen_ai.usage.output_tokens"] > 0
+    assert saved.stat().st_size > 500
+    assert PLANTED.encode() not in saved.read_bytes()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "0.0.0.0", "127.1.2.3"])
+@pytest.mark.parametrize("through", ["CONNECT", "absolute"])
+def test_no_proxied_client_reaches_our_ports(guarded: Proxy, host: str, through: str) -> None:
+    stats_port = next(
+        int(option.partition("=")[2])
+        for option in guarded._command
+        if option.startswith("stats_port=")
+    )
+    with httpx.Client(trust_env=False) as direct:
+        assert direct.get(f"http://127.0.0.1:{stats_port}/health").status_code == 200
+    with socket.create_connection(("127.0.0.1", guarded.port), timeout=10) as connection:
+        target = f"{host}:{stats_port}"
+        if through == "CONNECT":
+            connection.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+            connection.sendall(f"GET /health HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
+        else:
+            connection.sendall(
+                f"GET http://{target}/health HTTP/1.1\r\nHost: {target}\r\n\r\n".encode()
+            )
+        answer = connection.recv(4000)
+    assert not answer.startswith(b"HTTP/1.1 200")
+    assert b"version" not in answer
+
+
+def test_a_name_that_resolves_to_this_machine_is_no_way_in(guarded: Proxy) -> None:
+    stats_port = guarded._command[guarded._command.index("--set") + 1 :]
+    port = next(int(o.partition("=")[2]) for o in stats_port if o.startswith("stats_port="))
+    with socket.create_connection(("127.0.0.1", guarded.port), timeout=10) as connection:
+        target = f"{socket.gethostname()}:{port}"
+        connection.sendall(f"GET http://{target}/health HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
+        assert not connection.recv(4000).startswith(b"HTTP/1.1 200")
+
+
+def test_a_base_url_that_leads_back_is_refused(up: Upstream, tmp_path: Path) -> None:
+    port = _free_port()
+    own = f"""
+  mirror: {{targets: [{{provider: self}}]}}
+"""
+    with Proxy(tmp_path, up, more_rules=own.strip("\n").replace("self", "local")) as proxy:
+        rules = proxy.rules.read_text()
+        here = rules.replace(f"{up.http_url}/v1", f"http://localhost:{proxy.port}/v1")
+        proxy.rules.write_text(here)
+        from proxy import wait_until
+
+        with proxy.base_client() as client:
+
+            def refused() -> httpx.Response | None:
+                answer = client.post(
+                    "/v1/chat/completions", json={"model": "mirror", "messages": HELLO}
+                )
+                return answer if answer.status_code == 508 else None
+
+            answer = wait_until(refused)
+    assert "leads back" in answer.json()["error"]["message"]
+    assert port
+
+
+def test_non_llm_hosts_keep_their_certificate_and_are_not_recorded(
+    guarded: Proxy, up: Upstream
+) -> None:
+    own = ssl.create_default_context(cafile=str(up.ca_file))
+    with httpx.Client(proxy=guarded.url, verify=own, trust_env=False) as client:
+        assert client.get("https://other.example/v1/models").status_code == 200
+    assert "https://other.example" not in guarded.output
+
+
+def test_plain_tcp_through_connect_passes(guarded: Proxy, up: Upstream) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", guarded.port), timeout=10) as connection:
+            connection.sendall(f"CONNECT 127.0.0.1:{port} HTTP/1.1\r\n\r\n".encode())
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+            connection.sendall(b"SSH-2.0-test\r\n")
+            server.settimeout(10)
+            peer, _ = server.accept()
+            with peer:
+                assert peer.recv(100) == b"SSH-2.0-test\r\n"
+                peer.sendall(b"SSH-2.0-other\r\n")
+                assert connection.recv(100) == b"SSH-2.0-other\r\n"
+
+
+@pytest.mark.parametrize(
+    ("key", "model", "status"),
+    [
+        ("sk-ant-own-key-0123", "claude-x", 200),
+        ("sk-or-own-key-01234", "claude-x", 401),
+        ("", "claude-x", 401),
+    ],
+)
+def test_a_clients_own_key_goes_to_its_own_provider_only(
+    up: Upstream, tmp_path: Path, key: str, model: str, status: int
+) -> None:
+    with (
+        Proxy(tmp_path, up, environment={"ANTHROPIC_TEST_KEY": ""}) as proxy,
+        proxy.base_client() as client,
+    ):
+        answer = client.post(
+            "/v1/messages",
+            json={"model": model, "messages": HELLO},
+            headers={"x-api-key": key} if key else {},
+        )
+    assert answer.status_code == status, answer.text
+    if status == 200:
+        assert up.requests[-1].header("x-api-key") == key
+    else:
+        assert up.count == 0
+        assert "anthropic" in answer.json()["error"]["message"]
+        assert "ANTHROPIC_TEST_KEY" in answer.json()["error"]["message"]
