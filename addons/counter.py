@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+from collections.abc import Awaitable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from weakref import WeakKeyDictionary
@@ -50,9 +51,9 @@ class Counter:
         # genai-prices takes a second to import; the first reply should not wait for it.
         threading.Thread(target=self._prices.warm, name="counter-warm", daemon=True).start()
 
-    async def done(self) -> None:
-        await flows.leave(self)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    def done(self) -> Awaitable[None]:
+        self._pool.shutdown(wait=False)
+        return flows.leave(self)
 
     @flows.step(Rank.COUNT)
     @flows.fail_open

@@ -5,6 +5,7 @@ import ipaddress
 import logging
 import re
 import socket
+from collections.abc import Awaitable
 from urllib.parse import urlsplit
 
 from kimi_core import flows
@@ -45,8 +46,8 @@ class Guard:
     def configure(self, updated: set[str]) -> None:
         flows.suite().configure(updated)
 
-    async def done(self) -> None:
-        await flows.leave(self)
+    def done(self) -> Awaitable[None]:
+        return flows.leave(self)
 
     def client_connected(self, client: Client) -> None:
         mode = client.proxy_mode

@@ -1,6 +1,7 @@
 """Finished exchanges into SQLite."""
 
 import logging
+from collections.abc import Awaitable
 
 from kimi_core import flows
 from kimi_core.exchange import Exchange
@@ -24,8 +25,8 @@ class Recorder:
     def configure(self, updated: set[str]) -> None:
         flows.suite().configure(updated)
 
-    async def done(self) -> None:
-        await flows.leave(self)
+    def done(self) -> Awaitable[None]:
+        return flows.leave(self)
 
     @flows.step(Rank.RECORD)
     @flows.fail_open

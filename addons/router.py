@@ -1,6 +1,7 @@
 """Pick provider and model for each exchange, and, last of the chain, send it there."""
 
 import logging
+from collections.abc import Awaitable
 from urllib.parse import urlsplit
 
 from kimi_core import dialects, flows
@@ -41,8 +42,8 @@ class Router:
     def configure(self, updated: set[str]) -> None:
         flows.suite().configure(updated)
 
-    async def done(self) -> None:
-        await flows.leave(self)
+    def done(self) -> Awaitable[None]:
+        return flows.leave(self)
 
     @flows.step(Rank.ROUTE)
     @flows.fail_closed
@@ -227,8 +228,8 @@ class Dispatch:
     def configure(self, updated: set[str]) -> None:
         flows.suite().configure(updated)
 
-    async def done(self) -> None:
-        await flows.leave(self)
+    def done(self) -> Awaitable[None]:
+        return flows.leave(self)
 
     @flows.step(Rank.DISPATCH)
     @flows.fail_closed

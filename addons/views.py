@@ -1,7 +1,7 @@
 """Conversations in mitmweb: what was said, by whom, and how many tokens it took."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from typing import Any
 
 from kimi_core import context, flows, transcript
@@ -39,10 +39,10 @@ class Views:
     def configure(self, updated: set[str]) -> None:
         flows.suite().configure(updated)
 
-    async def done(self) -> None:
+    def done(self) -> Awaitable[None]:
         if not hasattr(contentviews, "Contentview"):
             contentviews.remove(self._view)
-        await flows.leave(self)
+        return flows.leave(self)
 
     @flows.step(Rank.VIEW)
     @flows.fail_open

@@ -102,10 +102,10 @@ class Proxy:
         self.port = 0
         folder.mkdir(parents=True, exist_ok=True)
         self.rules.write_text(RULES.format(http_url=upstream.http_url, more=more_rules))
-        self._command = [str(Path(sys.executable).with_name(program))]
+        self.command = [str(Path(sys.executable).with_name(program))]
         for script in scripts:
             path = Path(script)
-            self._command += ["-s", str(path if path.is_absolute() else ADDONS / script)]
+            self.command += ["-s", str(path if path.is_absolute() else ADDONS / script)]
         settings = [
             f"confdir={self.confdir}",
             f"kimi_rules={self.rules}",
@@ -117,8 +117,8 @@ class Proxy:
             if not any(option.startswith("stats_port=") for option in options):
                 settings.append("stats_port=0")
         for setting in settings:
-            self._command += ["--set", setting]
-        self._command += ["--listen-host", "127.0.0.1", "--listen-port", "0", *arguments]
+            self.command += ["--set", setting]
+        self.command += ["--listen-host", "127.0.0.1", "--listen-port", "0", *arguments]
         names = ("tunnelled.example", "other.example")
         self._environment = {
             **os.environ,
@@ -134,7 +134,7 @@ class Proxy:
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            self._command,
+            self.command,
             env=self._environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from proxy import PLANTED, Proxy
+from proxy import PLANTED, Proxy, wait_until
 from upstream import Abort, Framing, Reply, Upstream
 
 CLIENTS = "sk-clients-own-fedcba9876543210"
@@ -25,11 +25,20 @@ def _free_port() -> int:
 @pytest.fixture(scope="module")
 def guarded(provider: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     folder = tmp_path_factory.mktemp("guarded")
-    options = [f"stats_port={_free_port()}", "flow_detail=4"]
-    with Proxy(
-        folder, provider, options=options, arguments=["-w", str(folder / "flows.mitm")]
-    ) as started:
+    with Proxy(folder, provider, options=[f"stats_port={_free_port()}"]) as started:
+        wait_until(lambda: _answers(_stats_port(started)))
         yield started
+
+
+def _stats_port(proxy: Proxy) -> int:
+    return next(int(o.partition("=")[2]) for o in proxy.command if o.startswith("stats_port="))
+
+
+def _answers(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def test_no_key_is_found_in_flows_store_or_log(
@@ -108,13 +117,7 @@ def test_a_flow_still_open_when_the_proxy_stops_is_saved_without_keys(
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "0.0.0.0", "127.1.2.3"])
 @pytest.mark.parametrize("through", ["CONNECT", "absolute"])
 def test_no_proxied_client_reaches_our_ports(guarded: Proxy, host: str, through: str) -> None:
-    stats_port = next(
-        int(option.partition("=")[2])
-        for option in guarded._command
-        if option.startswith("stats_port=")
-    )
-    with httpx.Client(trust_env=False) as direct:
-        assert direct.get(f"http://127.0.0.1:{stats_port}/health").status_code == 200
+    stats_port = _stats_port(guarded)
     with socket.create_connection(("127.0.0.1", guarded.port), timeout=10) as connection:
         target = f"{host}:{stats_port}"
         if through == "CONNECT":
@@ -131,25 +134,18 @@ def test_no_proxied_client_reaches_our_ports(guarded: Proxy, host: str, through:
 
 
 def test_a_name_that_resolves_to_this_machine_is_no_way_in(guarded: Proxy) -> None:
-    stats_port = guarded._command[guarded._command.index("--set") + 1 :]
-    port = next(int(o.partition("=")[2]) for o in stats_port if o.startswith("stats_port="))
     with socket.create_connection(("127.0.0.1", guarded.port), timeout=10) as connection:
-        target = f"{socket.gethostname()}:{port}"
+        target = f"{socket.gethostname()}:{_stats_port(guarded)}"
         connection.sendall(f"GET http://{target}/health HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
         assert not connection.recv(4000).startswith(b"HTTP/1.1 200")
 
 
 def test_a_base_url_that_leads_back_is_refused(up: Upstream, tmp_path: Path) -> None:
-    port = _free_port()
-    own = f"""
-  mirror: {{targets: [{{provider: self}}]}}
-"""
-    with Proxy(tmp_path, up, more_rules=own.strip("\n").replace("self", "local")) as proxy:
+    mirror = "  mirror: {targets: [{provider: local}]}"
+    with Proxy(tmp_path, up, more_rules=mirror) as proxy:
         rules = proxy.rules.read_text()
         here = rules.replace(f"{up.http_url}/v1", f"http://localhost:{proxy.port}/v1")
         proxy.rules.write_text(here)
-        from proxy import wait_until
-
         with proxy.base_client() as client:
 
             def refused() -> httpx.Response | None:
@@ -160,7 +156,6 @@ def test_a_base_url_that_leads_back_is_refused(up: Upstream, tmp_path: Path) -> 
 
             answer = wait_until(refused)
     assert "leads back" in answer.json()["error"]["message"]
-    assert port
 
 
 def test_non_llm_hosts_keep_their_certificate_and_are_not_recorded(

@@ -184,23 +184,41 @@ def join(addon: Any, loader: Loader) -> None:
             steps.sort(key=lambda entry: entry[0])
 
 
-async def leave(addon: Any) -> None:
-    """Take `addon` out of the suite; each awaits it in its `done`. The last one closes the store.
+def leave(addon: Any) -> Awaitable[None]:
+    """Take `addon` out of the suite; each returns it from its `done`. The last one closes the store.
 
-    When the proxy stops, exchanges that are still open end first, as cut off.
+    When the proxy stops, exchanges that are still open end first, as cut off. No coroutine
+    function, because mitmproxy calls `done` from synchronous code when a script is reloaded.
     """
+    if ctx.master.should_exit.is_set() and live_exchanges():
+        return _end_and_leave(addon)
+    _leave(addon)
+    return _Nothing()
+
+
+async def _end_and_leave(addon: Any) -> None:
+    for flow, _ in live_exchanges():
+        flow.error = flow.error or Error("kimi-proxy stopped")
+        if (pending := _run("error", flow)) is not None:
+            await pending
+    _leave(addon)
+
+
+def _leave(addon: Any) -> None:
     members = suite()
-    if ctx.master.should_exit.is_set():
-        for flow, _ in live_exchanges():
-            flow.error = flow.error or Error("kimi-proxy stopped")
-            if (pending := _run("error", flow)) is not None:
-                await pending
     if addon in members.members:
         members.members.remove(addon)
     for event, steps in members.steps.items():
         members.steps[event] = [entry for entry in steps if entry[1] is not addon]
     if not members.members:
         members.close()
+
+
+class _Nothing:
+    """An awaitable that has nothing to wait for, and may as well be dropped."""
+
+    def __await__(self) -> Iterator[None]:
+        return iter(())
 
 
 def defaults() -> None:

@@ -58,10 +58,7 @@ class SSE:
         self._too_large = False
 
     def feed(self, data: bytes) -> list[Event]:
-        if not self._returns and b"\r" in data:
-            self._returns = True
-            # The line end before it may be the first half of a blank line.
-            self._scanned = max(0, len(self._buffer) - 1)
+        self._returns = self._returns or b"\r" in data
         buffer = self._buffer
         buffer += data
         events: list[Event] = []
@@ -108,8 +105,9 @@ class SSE:
         if self._first:
             self._first = False
             text = text.removeprefix(b"\xef\xbb\xbf")
-        if text.startswith(b"data: ") and text.find(b"\n") == len(text) - 2 and b"\r" not in text:
-            return Event(text[6:-2], raw)
+        if text.startswith(b"data: ") and text.endswith(b"\n\n") and b"\r" not in text:
+            if text.find(b"\n") == len(text) - 2:  # one line, as nearly always
+                return Event(text[6:-2], raw)
         data: list[bytes] = []
         type_ = ""
         for line in _lines(text):
