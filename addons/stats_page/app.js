@@ -1,0 +1,416 @@
+// Every text reaches the page as a text node, and in <bdi>, where others share its line: a model's
+// name may be hostile, and turn around what stands beside it.
+
+const GAP_MS = 1000; // the page asks no more often, however busy the proxy is
+const ROWS = 50;
+const FIRST_SESSIONS = 8;
+
+const $ = (id) => document.getElementById(id);
+const view = {
+  session: null, // the one whose exchanges are shown; null: all
+  sessions: FIRST_SESSIONS,
+  rows: ROWS,
+  seen: null, // ids of the exchanges shown before, to mark new ones
+  timer: 0,
+  next: 0,
+  asking: false,
+  again: false,
+  retry: 1000,
+  events: null,
+};
+
+// --- numbers as people read them
+
+const whole = new Intl.NumberFormat("en");
+const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
+const clock = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+const day = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short" });
+const full = new Intl.DateTimeFormat("en-GB", { dateStyle: "medium", timeStyle: "medium" });
+const relative = new Intl.RelativeTimeFormat("en", { numeric: "auto", style: "narrow" });
+
+function short(number) {
+  return Math.abs(number) < 10000 ? whole.format(number) : compact.format(number);
+}
+
+function usd(amount) {
+  if (amount === 0) return "$0";
+  const digits = Math.abs(amount) >= 1 ? 2 : Math.abs(amount) >= 0.01 ? 3 : 5;
+  if (Math.abs(amount) < 0.00001) return "<$0.00001";
+  return `$${amount.toFixed(digits)}`;
+}
+
+function seconds(value) {
+  if (value < 1) return `${Math.round(value * 1000)} ms`;
+  return value < 100 ? `${value.toFixed(1)} s` : `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`;
+}
+
+function when(stamp) {
+  const date = new Date(stamp * 1000);
+  const today = date.toDateString() === new Date().toDateString();
+  return today ? clock.format(date) : `${day.format(date)} ${clock.format(date).slice(0, 5)}`;
+}
+
+function ago(stamp) {
+  const past = Date.now() / 1000 - stamp;
+  if (past < 10) return "now";
+  if (past < 60) return relative.format(-Math.round(past), "second");
+  if (past < 3600) return relative.format(-Math.round(past / 60), "minute");
+  if (past < 86400) return relative.format(-Math.round(past / 3600), "hour");
+  return relative.format(-Math.round(past / 86400), "day");
+}
+
+// --- elements
+
+function el(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value);
+  }
+  element.append(...children.filter((child) => child !== null));
+  return element;
+}
+
+function svg(tag, properties, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(properties)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+const none = (title) => el("span", { class: "none", title }, "–");
+const time = (stamp, text) =>
+  el("time", { datetime: new Date(stamp * 1000).toISOString(), title: full.format(stamp * 1000) }, text);
+const number = (value, title) =>
+  el("td", { class: "n" }, value === null ? none(title) : whole.format(value));
+const text = (value, more = "") =>
+  el("td", { class: `text ${more}`.trim(), title: value }, value === null ? none("not known") : value);
+
+// --- what the page shows
+
+function showGauge(session) {
+  const gauge = session.gauge;
+  const known = gauge.percentage !== null;
+  const meter = $("gauge");
+  const share = known ? Math.min(gauge.percentage, 100) : 0;
+  if (known) meter.dataset.color = gauge.color;
+  else delete meter.dataset.color;
+  meter.toggleAttribute("data-zero", share === 0);
+  meter.setAttribute("aria-valuenow", String(share));
+  meter.querySelector(".fill").style.strokeDasharray = `${share} 100`;
+  $("gauge-value").textContent = known
+    ? `${gauge.percentage < 10 ? gauge.percentage.toFixed(1) : Math.round(gauge.percentage)} %`
+    : gauge.tokens === null ? "–" : short(gauge.tokens);
+  $("gauge-tokens").textContent = known
+    ? `${short(gauge.tokens)} of ${short(gauge.window)} tokens`
+    : gauge.tokens === null ? "no tokens counted yet" : "tokens, window not known";
+  $("gauge-tokens").title = known ? `${whole.format(gauge.tokens)} of ${whole.format(gauge.window)}` : "";
+  meter.setAttribute("aria-valuetext", `${$("gauge-value").textContent}, ${$("gauge-tokens").textContent}`);
+  $("context-title").textContent = view.session === null ? "Context of the active session" : "Context of the chosen session";
+  const parts = [session.model, session.provider].filter(Boolean).map((part) => el("bdi", {}, part));
+  $("context-of").replaceChildren(el("b", {}, title(session)), ...(parts[1] ? [parts[0], " · ", parts[1]] : parts));
+}
+
+function title(session) {
+  return session.name || session.project || session.id;
+}
+
+function showToday(sums) {
+  const item = (name, value, note = "", exact = null) =>
+    el("div", {}, el("dt", {}, name), el("dd", { title: exact }, value, el("small", {}, note)));
+  const tokens = (value) => (value === null ? "–" : short(value));
+  const exact = (value) => (value === null ? null : whole.format(value));
+  const failed = [
+    sums.errors ? `${whole.format(sums.errors)} failed` : "",
+    sums.partial ? `${whole.format(sums.partial)} cut off` : "",
+  ].filter(Boolean).join(", ");
+  const cached = sums.cache_read_tokens && sums.input_tokens
+    ? `${Math.round((100 * sums.cache_read_tokens) / sums.input_tokens)} % of input` : "";
+  const items = [
+    item("Requests", whole.format(sums.requests), failed),
+    item("Input tokens", tokens(sums.input_tokens), "", exact(sums.input_tokens)),
+    item("Output tokens", tokens(sums.output_tokens),
+      sums.reasoning_tokens ? `${short(sums.reasoning_tokens)} reasoning` : "", exact(sums.output_tokens)),
+    item("Read from cache", tokens(sums.cache_read_tokens), cached, exact(sums.cache_read_tokens)),
+    item("Cost", sums.cost_usd === null ? "–" : usd(sums.cost_usd),
+      sums.unpriced ? `${whole.format(sums.unpriced)} without a known price` : ""),
+  ];
+  if (sums.saved_tokens) {
+    items.push(item("Saved tokens", short(sums.saved_tokens),
+      sums.saved_usd ? `${usd(sums.saved_usd)}` : "", exact(sums.saved_tokens)));
+  }
+  $("today").replaceChildren(...items);
+}
+
+function sessionRow(session) {
+  const { gauge } = session;
+  const chosen = session.id === view.session;
+  const button = el("button", { type: "button", "aria-pressed": String(chosen), title: `${title(session)}: show its exchanges` }, title(session));
+  button.dataset.session = session.id;
+  let level = none("the model's window is not known");
+  if (gauge.percentage !== null) {
+    level = el("span", { class: "level", "data-color": gauge.color, title: `${whole.format(gauge.tokens)} of ${whole.format(gauge.window)} tokens` },
+      svg("svg", { viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" },
+        svg("rect", { width: Math.min(gauge.percentage, 100), height: 10 })),
+      `${Math.round(gauge.percentage)} %`);
+  } else if (gauge.tokens !== null) {
+    level = el("span", { title: "tokens; the model's window is not known" }, short(gauge.tokens));
+  }
+  return el("tr", { "aria-current": chosen ? "true" : null },
+    el("td", {}, button),
+    el("td", {}, level),
+    text(session.client, "wide soft"),
+    text(session.model),
+    number(session.exchanges),
+    number(session.input_tokens),
+    number(session.output_tokens),
+    money(session.cost_usd, "no price known"),
+    el("td", { class: "n soft" }, time(session.last_seen_at, ago(session.last_seen_at))));
+}
+
+const SOURCES = {
+  usage: ["usage", "said by the provider"],
+  tokenizer: ["tokenizer", "counted with the model's own tokenizer"],
+  estimate: ["estimate", "estimated with another tokenizer"],
+  calibrated: ["estimate", "estimated, calibrated on what this provider reported before"],
+};
+
+function tokens(value, source) {
+  if (value === null) return number(null, "not known");
+  const [kind, explained] = SOURCES[source] ?? ["", "of unknown origin"];
+  return el("td", { class: "n" },
+    el("span", { class: `tokens ${kind}`, title: `${whole.format(value)} tokens, ${explained}` }, whole.format(value)));
+}
+
+function money(amount, title) {
+  return el("td", { class: "n" }, amount === null ? none(title) : el("span", { title: `$${amount}` }, usd(amount)));
+}
+
+function duration(value) {
+  return el("td", { class: "n soft" }, value === null ? none("not measured") : seconds(value));
+}
+
+function exchangeRow(row) {
+  const asked = row["gen_ai.request.model"];
+  const answered = row["gen_ai.response.model"];
+  const model = el("td", {
+    class: "model",
+    title: asked && answered && asked !== answered ? `asked for ${asked}, answered by ${answered}` : asked ?? answered,
+  }, el("bdi", {}, asked ?? answered ?? none("not known")));
+  const failed = row.error_type !== null || (row.status ?? 0) >= 400;
+  const status = el("td", {},
+    el("span", { class: failed ? "bad" : "soft", title: row.error_type ?? row["gen_ai.response.finish_reason"] },
+      row.status === null ? row.error_type ?? "–" : String(row.status)));
+  if (row.partial) {
+    status.append(el("span", { class: "badge cut", title: "The stream was cut; what came of it was counted" }, "cut off"));
+  }
+  if (row.kind === "background" || row.kind === "subagent") {
+    model.append(el("span", { class: "badge soft", title: "Not a turn of the conversation itself" }, row.kind));
+  }
+  const fresh = view.seen !== null && !view.seen.has(row.id);
+  return el("tr", { class: fresh ? "fresh" : null },
+    el("td", { class: "soft" }, time(row.started_at, when(row.started_at))),
+    model,
+    text(row["gen_ai.provider.name"], "soft"),
+    tokens(row["gen_ai.usage.input_tokens"], row.input_source),
+    number(row["gen_ai.usage.cache_read.input_tokens"], "the provider did not say"),
+    tokens(row["gen_ai.usage.output_tokens"], row.output_source),
+    number(row["gen_ai.usage.reasoning.output_tokens"], "the provider did not say"),
+    money(row.cost_usd, "no price known"),
+    duration(row.time_to_first_chunk_s),
+    duration(row.duration_s),
+    status);
+}
+
+function fill(table, rows) {
+  const held = document.activeElement?.dataset?.session;
+  table.tBodies[0].replaceChildren(...rows);
+  if (held !== undefined) {
+    for (const button of table.querySelectorAll("button")) {
+      if (button.dataset.session === held) button.focus({ preventScroll: true });
+    }
+  }
+}
+
+function show(sessions, chosen, exchanges, totals) {
+  const empty = sessions.sessions.length === 0 && exchanges.exchanges.length === 0;
+  $("empty").hidden = !empty;
+  $("filled").hidden = empty;
+  if (empty) {
+    view.seen = new Set();
+    return;
+  }
+  const active = chosen ?? sessions.sessions[0];
+  $("context").hidden = !active;
+  if (active) showGauge(active);
+  showToday(totals.today);
+  fill($("sessions"), sessions.sessions.map(sessionRow));
+  $("sessions-more").hidden = sessions.next === null;
+  fill($("exchanges"), exchanges.exchanges.map(exchangeRow));
+  view.seen = new Set(exchanges.exchanges.map((row) => row.id));
+  $("older").hidden = exchanges.next === null || view.rows >= 1000;
+  $("all").hidden = view.session === null;
+  $("exchanges-title").replaceChildren(
+    ...(chosen ? ["Exchanges of ", el("bdi", {}, title(chosen))] : ["Last exchanges"]));
+  const query = view.session === null ? "" : `?session=${encodeURIComponent(view.session)}`;
+  $("csv").href = `api/export/csv${query}`;
+  $("json").href = `api/export/json${query}`;
+}
+
+function showProxy(status) {
+  $("version").textContent = status.version === "unknown" ? "" : status.version;
+  const place = status.listening.find((address) => address.port) ?? { host: "127.0.0.1", port: 8080 };
+  const anywhere = ["", "0.0.0.0", "::"].includes(place.host);
+  const host = anywhere ? location.hostname : place.host.includes(":") ? `[${place.host}]` : place.host;
+  const base = `http://${host}:${place.port}`;
+  $("how-base").textContent = `export OPENAI_BASE_URL=${base}/v1\nexport ANTHROPIC_BASE_URL=${base}`;
+  $("how-proxy").textContent = `export HTTPS_PROXY=${base}\nexport SSL_CERT_FILE=${status.confdir}/mitmproxy-ca-cert.pem`;
+  $("how-curl").textContent =
+    `curl ${base}/v1/chat/completions -H 'content-type: application/json' \\\n` +
+    `  -d '{"model": "MODEL", "messages": [{"role": "user", "content": "Hello"}]}'`;
+  $("confdir").textContent = status.confdir;
+  const state = status.store.state;
+  notice(state === "ok" ? "" : `The store is ${state}. Traffic flows; its numbers wait in memory.`);
+}
+
+function notice(message) {
+  $("notice").hidden = message === "";
+  if ($("notice").textContent !== message) $("notice").textContent = message;
+}
+
+// --- asking the API
+
+class Refused extends Error {}
+
+async function ask(path) {
+  const answer = await fetch(`api/${path}`, { headers: { accept: "application/json" } });
+  const body = await answer.json();
+  if (answer.status === 401) throw new Refused();
+  if (!answer.ok) throw new Error(body.error);
+  return body;
+}
+
+async function refresh() {
+  if (view.asking) {
+    view.again = true;
+    return;
+  }
+  view.asking = true;
+  view.again = false;
+  const session = view.session;
+  const of = session === null ? "" : `&session=${encodeURIComponent(session)}`;
+  try {
+    const [sessions, exchanges, totals, chosen] = await Promise.all([
+      ask(`sessions?limit=${view.sessions}`),
+      ask(`exchanges?limit=${view.rows}${of}`),
+      ask("totals?period=today"),
+      session === null ? { session: null } : ask(`sessions/${encodeURIComponent(session)}`),
+    ]);
+    if (session === view.session) show(sessions, chosen.session, exchanges, totals);
+  } catch (error) {
+    failed(error);
+  } finally {
+    view.asking = false;
+    if (view.again) soon();
+  }
+}
+
+async function about() {
+  try {
+    showProxy(await ask("status"));
+  } catch (error) {
+    failed(error);
+  }
+}
+
+function failed(error) {
+  if (error instanceof Refused) {
+    stop("The proxy was started again and has a new token: open the address that it printed.");
+  } else if (!(error instanceof TypeError)) { // TypeError: it does not answer; the events say so
+    notice(error.message);
+  }
+}
+
+function soon() {
+  if (view.timer || document.hidden) return;
+  view.timer = setTimeout(() => {
+    view.timer = 0;
+    view.next = Date.now() + GAP_MS;
+    refresh();
+  }, Math.max(0, view.next - Date.now()));
+}
+
+function atOnce() {
+  view.next = 0;
+  clearTimeout(view.timer);
+  view.timer = 0;
+  soon();
+}
+
+// --- live events
+
+function state(kind, words) {
+  $("state").dataset.state = kind;
+  $("state").textContent = words;
+}
+
+function stop(message) {
+  view.events?.close();
+  view.events = null;
+  state("off", "not connected");
+  notice(message);
+}
+
+function listen() {
+  const events = new EventSource("api/events");
+  view.events = events;
+  events.addEventListener("open", () => {
+    view.retry = 1000;
+    state("live", "live");
+    about();
+    soon();
+  });
+  events.addEventListener("change", soon);
+  events.addEventListener("error", () => {
+    state("wait", "reconnecting");
+    // The browser tries again by itself, but not after an answer that was no stream.
+    if (events.readyState === EventSource.CLOSED && view.events === events) {
+      setTimeout(async () => {
+        await refresh();
+        if (view.events === events) listen();
+      }, view.retry);
+      view.retry = Math.min(view.retry * 2, 30000);
+    }
+  });
+}
+
+function choose(session) {
+  view.session = session;
+  view.rows = ROWS;
+  view.seen = null;
+  atOnce();
+}
+
+$("sessions").addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (button) choose(button.dataset.session === view.session ? null : button.dataset.session);
+});
+$("all").addEventListener("click", () => {
+  choose(null);
+  $("exchanges-title").scrollIntoView({ block: "nearest" });
+});
+$("sessions-more").addEventListener("click", () => {
+  view.sessions = Math.min(view.sessions * 4, 1000);
+  atOnce();
+});
+$("older").addEventListener("click", () => {
+  view.rows = Math.min(view.rows + 100, 1000);
+  view.seen = null;
+  atOnce();
+});
+document.addEventListener("visibilitychange", soon);
+setInterval(() => { // "5 min ago", a new day, the state of the store
+  if (document.hidden || view.events === null) return;
+  about();
+  soon();
+}, 60000);
+listen();
