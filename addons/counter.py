@@ -1,6 +1,7 @@
 """Tokens, time and money of each exchange, streamed or not."""
 
 import asyncio
+import gc
 import logging
 import threading
 from collections.abc import Awaitable
@@ -9,8 +10,7 @@ from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from kimi_core import context, flows, tokens
-from kimi_core.dialects import ReplyReader
-from kimi_core.exchange import Category, Exchange, Provenance
+from kimi_core.exchange import Category, Exchange, Provenance, Usage
 from kimi_core.flows import Rank
 from kimi_core.prices import PriceList
 from kimi_core.stages import HideUsage, ReadReply
@@ -19,7 +19,7 @@ from mitmproxy.addonmanager import Loader
 
 logger = logging.getLogger(__name__)
 
-_INLINE_BYTES = 4096
+_INLINE_BYTES = 16_384
 """Text up to this size is counted at once: that takes less than handing it to a thread."""
 
 Count = dict[Category, int]
@@ -37,7 +37,7 @@ class Counter:
     def __init__(self) -> None:
         self._counter = context.Counter()
         self._prices = PriceList()
-        self._readers: WeakKeyDictionary[Exchange, ReplyReader] = WeakKeyDictionary()
+        self._readers: WeakKeyDictionary[Exchange, ReadReply] = WeakKeyDictionary()
         self._counts: WeakKeyDictionary[Exchange, Count | Future[Count]] = WeakKeyDictionary()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="counter")
 
@@ -48,12 +48,19 @@ class Counter:
         flows.suite().configure(updated)
 
     def running(self) -> None:
-        # genai-prices takes a second to import; the first reply should not wait for it.
-        threading.Thread(target=self._prices.warm, name="counter-warm", daemon=True).start()
+        threading.Thread(target=self._warm, name="counter-warm", daemon=True).start()
 
     def done(self) -> Awaitable[None]:
         self._pool.shutdown(wait=False)
         return flows.leave(self)
+
+    def _warm(self) -> None:
+        # genai-prices takes a second to import; the first reply should not wait for it.
+        self._prices.warm()
+        # What was loaded by now stays for good, and need not be looked through for garbage again.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 20)
 
     @flows.step(Rank.COUNT)
     @flows.fail_open
@@ -62,9 +69,10 @@ class Counter:
         if exchange is None or flow.response or flow.error:
             return
         flows.session_id(flow)
-        reader = self._readers[exchange] = exchange.dialect.reader()
+        reader = exchange.dialect.reader()
         exchange.reply = reader.reply
-        flows.add_stage(flow, ReadReply(reader))
+        stage = self._readers[exchange] = ReadReply(reader)
+        flows.add_stage(flow, stage)
         exchange.at_dispatch.append((Rank.COUNT, _ask_usage))
         model = _model(exchange)
         if (
@@ -83,7 +91,8 @@ class Counter:
             return
         if exchange.hide_usage:
             flows.add_stage(flow, HideUsage())
-        self._tell(flow.response, exchange)
+        if flows.will_stream(flow):
+            self._tell(flow.response, exchange)
 
     @flows.step(Rank.COUNT)
     @flows.fail_open
@@ -99,19 +108,23 @@ class Counter:
         exchange = flows.exchange(flow)
         if exchange is None:
             return
-        reader = self._readers.get(exchange)
-        if reader is not None and not exchange.blocked:
-            exchange.reply = reader.finish()
-            await self._count(flow, exchange)
-            await self._price(exchange)
+        stage = self._readers.get(exchange)
+        if stage is not None and not exchange.blocked:
+            exchange.reply = stage.reader.finish()
+            if stage.failed:
+                exchange.reply.usage = Usage()  # an earlier event's may be far from the last
+            await self._count(flow, exchange, unread=stage.failed)
+            if not stage.failed:
+                await self._price(exchange)
         _label(flow, exchange)
         if flow.response is not None and not flows.is_streamed(flow):
             self._tell(flow.response, exchange, whole=True)
 
-    async def _count(self, flow: http.HTTPFlow, exchange: Exchange) -> None:
+    async def _count(self, flow: http.HTTPFlow, exchange: Exchange, *, unread: bool) -> None:
         reply, usage = exchange.reply, exchange.reply.usage
         failed = exchange.status is None or exchange.status >= 400
-        exchange.partial = not failed and (bool(flow.error) or exchange.stream) and not reply.complete
+        ends_itself = exchange.stream and not unread
+        exchange.partial = not failed and not reply.complete and (bool(flow.error) or ends_itself)
         if reply.error and not exchange.error_type:
             exchange.error_type = reply.error
         elif failed and exchange.status is not None and not exchange.error_type:
@@ -130,6 +143,8 @@ class Counter:
             exchange.input_tokens, exchange.input_source = usage.input_tokens, "usage"
         elif counted:
             exchange.input_tokens, exchange.input_source = sum(counted.values()), source
+        if unread:
+            return
         output = usage.output_tokens
         if output is None or exchange.partial:
             # A cut stream's last word on usage may be its first: Anthropic begins with 1.
@@ -160,13 +175,11 @@ class Counter:
 
     def _tell(self, response: http.Response, exchange: Exchange, *, whole: bool = False) -> None:
         """Put what is known into the reply's headers."""
-        headers = response.headers
-        route = exchange.route
+        told: dict[str, str] = {}
         if exchange.session_id:
-            headers["X-Kimi-Proxy-Session"] = _header(exchange.session_id)
-        if route is not None:
-            headers["X-Kimi-Proxy-Provider"] = _header(route.provider)
-            headers["X-Kimi-Proxy-Model"] = _header(route.model)
+            told["Session"] = exchange.session_id
+        if (route := exchange.route) is not None:
+            told["Provider"], told["Model"] = route.provider, route.model
         tokens_in = exchange.input_tokens
         if tokens_in is None and not whole:
             counted = self._counts.get(exchange)
@@ -174,12 +187,15 @@ class Counter:
                 counted = counted.result() if counted.done() and not counted.exception() else None
             tokens_in = sum(counted.values()) if counted else None
         if tokens_in is not None:
-            headers["X-Kimi-Proxy-Input-Tokens"] = str(tokens_in)
-            headers["X-Kimi-Proxy-Saved-Tokens"] = str(exchange.saved_tokens)
+            told["Input-Tokens"] = str(tokens_in)
+            told["Saved-Tokens"] = str(exchange.saved_tokens)
         if whole and exchange.output_tokens is not None:
-            headers["X-Kimi-Proxy-Output-Tokens"] = str(exchange.output_tokens)
+            told["Output-Tokens"] = str(exchange.output_tokens)
         if whole and exchange.cost_usd is not None:
-            headers["X-Kimi-Proxy-Cost-Usd"] = f"{exchange.cost_usd:.9f}".rstrip("0").rstrip(".")
+            told["Cost-Usd"] = f"{exchange.cost_usd:.9f}".rstrip("0").rstrip(".")
+        response.headers.fields += tuple(
+            (b"X-Kimi-Proxy-" + name.encode(), _header(value)) for name, value in told.items()
+        )
 
 
 def _model(exchange: Exchange) -> str:
@@ -218,8 +234,8 @@ def _label(flow: http.HTTPFlow, exchange: Exchange) -> None:
         flow.metadata["kimi.partial"] = True
 
 
-def _header(value: str) -> str:
-    return "".join(char for char in value if " " <= char <= "~")[:200]
+def _header(value: str) -> bytes:
+    return "".join(char for char in value if " " <= char <= "~")[:200].encode()
 
 
 addons = [Counter()]

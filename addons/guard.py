@@ -18,14 +18,16 @@ from mitmproxy.proxy.layer import NextLayer
 
 logger = logging.getLogger(__name__)
 
-REDACTED = "***"
-SECRET_HEADERS = (
-    "authorization",
-    "proxy-authorization",
-    "x-api-key",
-    "x-goog-api-key",
-    "api-key",
-    "cookie",
+REDACTED = b"***"
+SECRET_HEADERS = frozenset(
+    (
+        b"authorization",
+        b"proxy-authorization",
+        b"x-api-key",
+        b"x-goog-api-key",
+        b"api-key",
+        b"cookie",
+    )
 )
 _KEY_IN_QUERY = re.compile(r"(?<=[?&])((?:api_)?key|access_token)=[^&]*")
 _TLS_HANDSHAKE = 0x16
@@ -96,8 +98,8 @@ class Guard:
     def request(self, flow: http.HTTPFlow) -> None:
         if not flows.for_us(flow):
             return
-        origin = flow.request.headers.get("origin", "")
-        site = flow.request.headers.get("sec-fetch-site", "")
+        origin = flows.client_header(flow, "origin")
+        site = flows.client_header(flow, "sec-fetch-site")
         foreign = bool(origin) and not flows.is_our_host(urlsplit(origin).hostname or "")
         if foreign or site == "cross-site":
             flows.refuse(
@@ -122,17 +124,20 @@ class Guard:
 
     def _redact(self, flow: http.HTTPFlow) -> None:
         """Take the keys out of the request, which the provider has by now."""
-        headers = flow.request.headers
         secrets: list[bytes] = []
-        for name in SECRET_HEADERS:
-            if (value := headers.get(name)) is not None:
-                scheme, blank, token = value.partition(" ")
-                headers[name] = f"{scheme} {REDACTED}" if blank else REDACTED
-                secrets.append((token if blank else value).encode("utf-8", "surrogateescape"))
+        fields: list[tuple[bytes, bytes]] = []
+        for name, value in flow.request.headers.fields:
+            if name.lower() in SECRET_HEADERS:
+                scheme, blank, token = value.partition(b" ")
+                secrets.append(token if blank else value)
+                value = scheme + b" " + REDACTED if blank else REDACTED
+            fields.append((name, value))
+        if secrets:
+            flow.request.headers.fields = tuple(fields)
         if "=" in flow.request.path:
             for match in _KEY_IN_QUERY.finditer(flow.request.path):
                 secrets.append(match.group().partition("=")[2].encode())
-            flow.request.path = _KEY_IN_QUERY.sub(rf"\1={REDACTED}", flow.request.path)
+            flow.request.path = _KEY_IN_QUERY.sub(r"\1=***", flow.request.path)
         flows.remember_secrets(flow, tuple(secret for secret in secrets if len(secret) >= 8))
 
     def _redact_reply(self, flow: http.HTTPFlow) -> None:
@@ -142,14 +147,16 @@ class Guard:
             return
         for secret in flows.secrets_of(flow):
             if secret in (response.raw_content or b""):
-                content = (response.raw_content or b"").replace(secret, REDACTED.encode())
+                content = (response.raw_content or b"").replace(secret, REDACTED)
                 if flows.is_streamed(flow):
                     response.data.content = content
                 else:
                     response.content = content
-            for name, value in response.headers.items():
-                if secret.decode("utf-8", "replace") in value:
-                    response.headers[name] = REDACTED
+            if any(secret in value for _, value in response.headers.fields):
+                response.headers.fields = tuple(
+                    (name, value.replace(secret, REDACTED))
+                    for name, value in response.headers.fields
+                )
 
 
 def _decrypts(host: str, sni: str | None) -> bool:

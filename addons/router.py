@@ -1,8 +1,8 @@
 """Pick provider and model for each exchange, and, last of the chain, send it there."""
 
 import logging
-from collections.abc import Awaitable
-from urllib.parse import urlsplit
+from collections.abc import Awaitable, Callable
+from urllib.parse import quote, unquote_plus, urlsplit
 
 from kimi_core import dialects, flows
 from kimi_core.balance import Balancer
@@ -12,6 +12,7 @@ from kimi_core.flows import Rank
 from kimi_core.rules import Match, Provider, Rules, Target
 from mitmproxy import http
 from mitmproxy.addonmanager import Loader
+from mitmproxy.net.http.url import hostport
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,10 @@ PATHS = (
 )
 
 
+KEY_HEADERS = ("authorization", "x-api-key", "x-goog-api-key", "api-key", "cookie")
+PROXY_HEADERS = ("proxy-authorization", "proxy-connection", "origin", "referer")
+
+
 class Router:
     """Gives each exchange its route: by rule, else by what the client itself addressed.
 
@@ -35,6 +40,7 @@ class Router:
 
     def __init__(self) -> None:
         self.balancer = Balancer()
+        self._looked: tuple[Rules, object, frozenset[str]] | None = None
 
     def load(self, loader: Loader) -> None:
         flows.join(self, loader)
@@ -87,7 +93,6 @@ class Router:
             flows.refuse(flow, 400, f"The body is no JSON object: {flows.malformed(flow)}")
 
     def _list_models(self, flow: http.HTTPFlow, rules: Rules, named: str) -> None:
-        headers = flow.request.headers
         if named:
             provider = rules.providers.get(named)
             if provider is None or provider.problem:
@@ -97,15 +102,17 @@ class Router:
             if provider.takes_key and not key:
                 flows.refuse(flow, 401, _no_key(provider))
                 return
-            _redirect(flow, provider.base_url, "/models")
-            _authorize(flow, provider, provider.api, key)
+            put = _redirect(flow, provider.base_url, "/models")
+            put |= _key_header(provider, provider.api, key)
+            flows.change_headers(flow.request, drop=(*KEY_HEADERS, *PROXY_HEADERS), put=put)
             return
         offers = [
             Offer(rule.name, rule.targets[0].provider, rule.context) for rule in rules.offered()
         ]
-        if "anthropic-version" in headers:
+        dialect: dialects.Dialect
+        if flows.client_header(flow, "anthropic-version"):
             dialect = dialects.ANTHROPIC
-        elif "x-goog-api-key" in headers or "/v1beta" in flow.request.path:
+        elif flows.client_header(flow, "x-goog-api-key") or "/v1beta" in flow.request.path:
             dialect = dialects.GEMINI
         else:
             dialect = dialects.OPENAI
@@ -138,7 +145,7 @@ class Router:
             )
             flows.session_id(flow)
             return
-        key = exchange.dialect.key(flow.request.headers, flow.request.query)
+        key = flows.client_key(flow)
         if match is None:
             found = addressed or rules.detect(None, exchange.model, key)
             if found is None and rules.default_model:
@@ -153,15 +160,18 @@ class Router:
                 # The path names a provider: a rule may say how it calls the model, no more.
                 own = tuple(t for t in targets if t.provider.name == addressed.name)
                 targets = own or (Target(addressed, exchange.model),)
-        target = self._target(flow, exchange, rules, match, targets)
+
+        def has_key(provider: Provider) -> bool:
+            if provider.key is not None or not provider.takes_key:
+                return True
+            return _may_pass(key, provider, addressed, rules, exchange.for_us)
+
+        target = self._target(flow, exchange, rules, match, targets, has_key)
         if target is None:
             return
         provider = target.provider
         secret = provider.key
         keeps = provider.takes_key and secret is None
-        if keeps and not _may_pass(key, provider, addressed, rules, exchange.for_us):
-            flows.refuse(flow, 401, _no_key(provider))
-            return
         exchange.route = Route(
             provider=provider.name,
             model=target.model,
@@ -182,6 +192,7 @@ class Router:
         rules: Rules,
         match: Match | None,
         targets: tuple[Target, ...],
+        has_key: Callable[[Provider], bool],
     ) -> Target | None:
         """Return the target that the exchange goes to; refuse it when there is none."""
         usable = tuple(t for t in targets if not t.provider.problem)
@@ -200,12 +211,13 @@ class Router:
                 f"{speaks}. Ask it in one of these.",
             )
             return None
+        keyed = tuple(t for t in spoken if has_key(t.provider))
+        if not keyed:
+            flows.refuse(flow, 401, " ".join(dict.fromkeys(_no_key(t.provider) for t in spoken)))
+            return None
         session = flows.session_id(flow)
-        target = (
-            self.balancer.choose(match, spoken, session, rules.sticky) if match else spoken[0]
-        )
-        sockname = flow.client_conn.sockname
-        if sockname and target.provider in rules.points_at([(sockname[0], sockname[1])]):
+        target = self.balancer.choose(match, keyed, session, rules.sticky) if match else keyed[0]
+        if target.provider.name in self._loops(flow, rules):
             flows.refuse(
                 flow,
                 508,
@@ -214,6 +226,16 @@ class Router:
             )
             return None
         return target
+
+
+    def _loops(self, flow: http.HTTPFlow, rules: Rules) -> frozenset[str]:
+        """Return the providers whose base_url leads back to the address the client came to."""
+        sockname = flow.client_conn.sockname
+        if self._looked is None or self._looked[0] is not rules or self._looked[1] != sockname:
+            listening = [(sockname[0], sockname[1])] if sockname else []
+            found = frozenset(provider.name for provider in rules.points_at(listening))
+            self._looked = rules, sockname, found
+        return self._looked[2]
 
 
 class Dispatch:
@@ -241,47 +263,65 @@ class Dispatch:
         call = flows.asked(flow)
         for _, prepare in sorted(exchange.at_dispatch, key=lambda entry: entry[0]):
             prepare(exchange)
-        if exchange.stream and route.url:
-            # A compressed stream would have to be undone to be read as it passes.
-            flow.request.headers["accept-encoding"] = "identity"
+        drop: list[str] = []
+        put: dict[str, str] = {}
         if route.url and call is not None:
             rest = call.rest
-            if call.model:
-                rest = rest.replace(f"/models/{call.model}:", f"/models/{route.model}:", 1)
-            elif route.model != exchange.model:
+            if call.model and route.model != call.model:
+                verb = rest.rpartition(":")[2]
+                rest = f"/models/{quote(route.model, safe='/:@')}:{verb}"
+            elif not call.model and route.model != exchange.model:
                 exchange.document.set(("model",), route.model)
-            _redirect(flow, route.url, rest)
+            put |= _redirect(flow, route.url, rest)
+            drop += PROXY_HEADERS
+            if exchange.stream:
+                # A compressed stream would have to be undone to be read as it passes.
+                put["accept-encoding"] = "identity"
             if not route.keep_client_key:
-                key = route.key.reveal() if route.key else ""
-                _authorize(flow, route.source, route.dialect, key)
+                drop += KEY_HEADERS
+                put |= _key_header(route.source, route.dialect, route.key.reveal() if route.key else "")
+                _drop_key_from_query(flow)
         if exchange.document.edited:
             body = exchange.document.encode()
-            flow.request.headers.pop("content-encoding", None)
-            flow.request.content = body
+            flow.request.raw_content = body
+            drop.append("content-encoding")
+            if "content-length" in flow.request.headers:
+                put["content-length"] = str(len(body))
+        if drop or put:
+            flows.change_headers(flow.request, drop=drop, put=put)
 
 
-def _redirect(flow: http.HTTPFlow, base_url: str, rest: str) -> None:
+def _redirect(flow: http.HTTPFlow, base_url: str, rest: str) -> dict[str, str]:
+    """Send the request to `base_url`; return the headers that follow from that."""
     parts = urlsplit(base_url)
-    query = urlsplit(flow.request.path).query
-    request = flow.request
-    request.scheme = parts.scheme
-    request.host = parts.hostname or ""
-    request.port = parts.port or (443 if parts.scheme == "https" else 80)
-    request.path = parts.path.rstrip("/") + rest + (f"?{query}" if query else "")
-    for name in ("proxy-authorization", "proxy-connection", "origin", "referer"):
-        request.headers.pop(name, None)
+    _, mark, query = flow.request.path.partition("?")
+    data = flow.request.data
+    # The setters of mitmproxy's Request would write the Host header anew, one by one.
+    data.scheme = parts.scheme.encode()
+    data.host = parts.hostname or ""
+    data.port = parts.port or (443 if parts.scheme == "https" else 80)
+    data.path = (parts.path.rstrip("/") + rest + mark + query).encode("utf-8", "surrogateescape")
+    authority = hostport(parts.scheme, data.host, data.port)
+    if data.authority:
+        data.authority = authority.encode()
+    return {"host": authority} if flows.client_header(flow, "host") else {}
 
 
-def _authorize(flow: http.HTTPFlow, provider: Provider | None, dialect: str, key: str) -> None:
-    """Put the provider's key in the place of the client's; no key: none is sent."""
-    headers = flow.request.headers
-    for name in ("authorization", "x-api-key", "x-goog-api-key", "api-key", "cookie"):
-        headers.pop(name, None)
-    if "key" in flow.request.query:
-        flow.request.query = [(n, v) for n, v in flow.request.query.fields if n != "key"]
-    if key and provider is not None:
-        name = provider.key_header(dialect)
-        headers[name] = f"Bearer {key}" if name == "authorization" else key
+def _key_header(provider: Provider | None, dialect: str, key: str) -> dict[str, str]:
+    """Return the header by which a provider takes its key; no key: none is sent."""
+    if not key or provider is None:
+        return {}
+    name = provider.key_header(dialect)
+    return {name: f"Bearer {key}" if name == "authorization" else key}
+
+
+def _drop_key_from_query(flow: http.HTTPFlow) -> None:
+    path, mark, query = flow.request.path.partition("?")
+    given = query.split("&")
+    # mitmproxy's own `query` would write all the other parameters anew.
+    kept = [one for one in given if unquote_plus(one.partition("=")[0]) != "key"]
+    if len(kept) < len(given):
+        flow.request.path = path + (mark + "&".join(kept) if kept else "")
 
 
 def _may_pass(

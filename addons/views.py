@@ -1,6 +1,7 @@
 """Conversations in mitmweb: what was said, by whom, and how many tokens it took."""
 
 import logging
+import re
 from collections.abc import Awaitable, Iterable
 from typing import Any
 
@@ -94,6 +95,12 @@ def _summary(exchange: Exchange) -> str:
 
 _counter = context.Counter(1024)
 
+# Terminals obey the control characters, and mitmdump prints what a view returns; writing
+# direction can hide what a text says; half a surrogate pair cannot be printed at all.
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
 
 def _conversation(data: bytes, flow: Any, message: Any) -> str:
     """Return the message's body as a conversation. Raises NotJSON."""
@@ -111,8 +118,10 @@ def _conversation(data: bytes, flow: Any, message: Any) -> str:
                 return _counter.tokens_of(exchange, model, piece)
 
             counted = count
-        return transcript.request(call, data, counted)
-    return transcript.reply(call, data, message.headers.get("content-type", ""))
+        text = transcript.request(call, data, counted)
+    else:
+        text = transcript.reply(call, data, message.headers.get("content-type", ""))
+    return _UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
 
 
 def _call(flow: Any) -> Call | None:

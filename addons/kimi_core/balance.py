@@ -18,18 +18,20 @@ class Balancer:
     """Chooses targets, and holds a choice for its session so that prompt caches keep hitting."""
 
     def __init__(self) -> None:
-        self._chosen: Memo[tuple[str, str], str] = Memo(5000)
+        self._chosen: Memo[tuple[str, str], tuple[str, str]] = Memo(5000)
         self._counters: dict[str, int] = {}
         self._seen: dict[str, _Seen] = {}
 
-    def choose(self, match: Match, targets: tuple[Target, ...], session: str, sticky: bool) -> Target:
+    def choose(
+        self, match: Match, targets: tuple[Target, ...], session: str, sticky: bool
+    ) -> Target:
         """Return one of `targets`, which are the usable ones of `match`."""
         if len(targets) == 1:
             return targets[0]
         key = (session, match.model)
         if sticky and session and (held := self._chosen.get(key)):
             for target in targets:
-                if target.provider.name == held:
+                if (target.provider.name, target.model) == held:
                     return target
         counter = self._counters.get(match.rule.name, 0)
         self._counters[match.rule.name] = counter + 1
@@ -43,7 +45,7 @@ class Balancer:
             scores={t.provider.name: self._score(t) for t in targets},
         )
         if session:
-            self._chosen.put(key, target.provider.name)
+            self._chosen.put(key, (target.provider.name, target.model))
         return target
 
     def note(self, exchange: Exchange) -> None:
@@ -53,7 +55,9 @@ class Balancer:
             return
         seen = self._seen.setdefault(route.provider, _Seen())
         seen.requests.append(time.monotonic())
-        if exchange.first_chunk is not None and not exchange.error_type:
+        # A provider that is full says so at once; that is no speed.
+        failed = exchange.error_type or (exchange.status or 0) >= 400
+        if exchange.first_chunk is not None and not failed:
             seen.latency_s = _mean(seen.latency_s, exchange.first_chunk - exchange.started)
         tokens = (exchange.input_tokens or 0) + (exchange.output_tokens or 0)
         if exchange.cost_usd is not None and tokens:

@@ -8,37 +8,76 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from operator import add
+from typing import NamedTuple
 
 import xxhash
+from msgspec import Raw
 
 from kimi_core import tokens
-from kimi_core.dialects import Unit
-from kimi_core.document import NotJSON, decode
+from kimi_core.dialects import Dialect, Unit
+from kimi_core.document import Document, NotJSON, decode
 from kimi_core.exchange import CATEGORIES, Category, Exchange, Message, Role
 from kimi_core.memo import Memo
 
 # Clients move cache_control from message to message; the message stays the same one.
-_CACHE_CONTROL = re.compile(rb',\s*"cache_control"\s*:\s*\{[^{}]*\}|"cache_control"\s*:\s*\{[^{}]*\}\s*,?')
+_CACHE_CONTROL = re.compile(
+    rb',\s*"cache_control"\s*:\s*(?:\{[^{}]*\}|null)'
+    rb'|"cache_control"\s*:\s*(?:\{[^{}]*\}|null)\s*,?'
+)
+# To hold a cache_control a text that stood alone becomes a list of one block, as in Claude Code.
+_ONE_TEXT = re.compile(
+    rb'"content"\s*:\s*\[\s*\{\s*"type"\s*:\s*"text"\s*,\s*"text"\s*:\s*'
+    rb'("[^"\\]*+(?:\\.[^"\\]*+)*+")\s*\}\s*\]'
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A unit of the context with the digest of its bytes, `cache_control` apart."""
+class Piece(NamedTuple):
+    """A unit of the context, and the digest by which it is recognised."""
 
     unit: Unit
     digest: bytes
 
 
-def pieces(exchange: Exchange) -> list[Piece]:
-    """Return the pieces of an exchange's request; worked out once.
+class Context:
+    """What a request gives the model to read, recognised but not yet read.
 
-    The digest is XXH3 of 128 bits: it recognises, it does not authenticate.
+    Digests are XXH3 of 128 bits: they recognise, they do not authenticate. `digests` are
+    those of the messages' own bytes, `cache_control` apart; `chains[i]` is that of all
+    messages up to the i-th. Nothing here is done per message that need not be: a long
+    conversation comes again with every turn.
     """
-    if exchange.pieces is None:
-        exchange.pieces = [piece(unit) for unit in exchange.dialect.units(exchange.document)]
-        exchange.messages = sum(one.unit.kind == "message" for one in exchange.pieces)
-    return exchange.pieces
+
+    def __init__(self, dialect: Dialect, document: Document) -> None:
+        self.dialect = dialect
+        self.heads = [piece(unit) for unit in dialect.heads(document)]
+        self._messages = dialect.messages(document)
+        raws = self._messages.raws
+        plain = list(map(xxhash.xxh3_128_digest, raws))
+        self.digests = [
+            known or _new_digest(key, bytes(raw))
+            for known, key, raw in zip(_digests.get_many(plain), plain, raws, strict=True)
+        ]
+        hasher = xxhash.xxh3_128()
+        self.chains: list[bytes] = []
+        for digest in self.digests:
+            hasher.update(digest)
+            self.chains.append(hasher.digest())
+
+    def message(self, index: int) -> Piece:
+        """Return one message."""
+        return Piece(self._messages.unit(index), self.digests[index])
+
+    def __len__(self) -> int:
+        return len(self.chains)
+
+
+def context(exchange: Exchange) -> Context:
+    """Return the context of an exchange's request; worked out once."""
+    if exchange.context is None:
+        exchange.context = Context(exchange.dialect, exchange.document)
+        exchange.messages = len(exchange.context)
+    return exchange.context
 
 
 def piece(unit: Unit) -> Piece:
@@ -46,11 +85,20 @@ def piece(unit: Unit) -> Piece:
     return Piece(unit, _digest(unit.raw))
 
 
-def _digest(raw: object) -> bytes:
-    view = memoryview(raw)  # type: ignore[arg-type]
-    if b'"cache_control"' in bytes(view):
-        return xxhash.xxh3_128_digest(_CACHE_CONTROL.sub(b"", bytes(view)))
-    return xxhash.xxh3_128_digest(view)
+_digests: Memo[bytes, bytes] = Memo(16_384)
+
+
+def _digest(raw: bytes | Raw) -> bytes:
+    plain = xxhash.xxh3_128_digest(raw)
+    return _digests.get(plain) or _new_digest(plain, bytes(raw))
+
+
+def _new_digest(plain: bytes, text: bytes) -> bytes:
+    if b'"cache_control"' in text:
+        text = _CACHE_CONTROL.sub(b"", text)
+    digest = xxhash.xxh3_128_digest(_ONE_TEXT.sub(rb'"content":\1', text))
+    _digests.put(plain, digest)
+    return digest
 
 
 Counts = tuple[int, ...]
@@ -61,57 +109,78 @@ _INDEX = {category: index for index, category in enumerate(CATEGORIES)}
 
 
 class Counter:
-    """Counts the tokens of requests and replies, remembering each piece.
+    """Counts the tokens of requests and replies, remembering each piece and each prefix.
 
     Thread-safe as far as it must be: two threads may count the same piece twice.
     """
 
     def __init__(self, size: int = 8192) -> None:
         self._counts: Memo[tuple[str, bytes], Counts] = Memo(size)
-        self._roles: Memo[bytes, Role] = Memo(size)
+        self._prefixes: Memo[tuple[str, bytes], Counts] = Memo(size)
+        self._roles: Memo[tuple[str, bytes], Role] = Memo(size)
 
-    def role(self, dialect: object, piece: Piece) -> Role:
+    def role(self, dialect: Dialect, piece: Piece) -> Role:
         """Return the role of a message; "user" when it cannot be read."""
-        role = self._roles.get(piece.digest)
+        key = (dialect.name, piece.digest)
+        role = self._roles.get(key)
         if role is None:
             role = _read(dialect, piece.unit).role
-            self._roles.put(piece.digest, role)
+            self._roles.put(key, role)
         return role
 
     def missing(self, exchange: Exchange, model: str) -> int:
         """Return how many bytes of the request have not been counted for `model` yet."""
-        name = tokens.tokenizer_for(model).name
+        known = context(exchange)
+        name = _reader(known.dialect, model)
+        _, first = self._known(name, known)
+        rest = known.heads + [known.message(index) for index in range(first, len(known))]
         return sum(
             len(memoryview(piece.unit.raw))
-            for piece in pieces(exchange)
-            if self._counts.get((name, piece.digest)) is None
+            for piece in rest
+            if self._counts.get((f"{name} {piece.unit.kind}", piece.digest)) is None
         )
 
     def count(self, exchange: Exchange, model: str) -> dict[Category, int]:
-        """Return the request's tokens by category, by `model`'s tokenizer and template."""
-        name = tokens.tokenizer_for(model).name
-        per_message, per_request = tokens.message_overhead(model)
-        total = list(_NOTHING)
-        for piece in pieces(exchange):
-            counts = self._counts.get((name, piece.digest))
-            if counts is None:
-                counts = _count(_read(exchange.dialect, piece.unit), piece.unit, model, per_message)
-                self._counts.put((name, piece.digest), counts)
-            for index, value in enumerate(counts):
-                if value:
-                    total[index] += value
-        total[_INDEX["system"]] += per_request
-        return dict(zip(CATEGORIES, total, strict=True))
+        """Return the request's tokens by category, by `model`'s tokenizer and template.
+
+        The sums of every prefix of a conversation are remembered, so only what follows the
+        longest known one is looked at.
+        """
+        _, per_request = tokens.message_overhead(model)
+        given = context(exchange)
+        name = _reader(given.dialect, model)
+        sums, first = self._known(name, given)
+        for index in range(first, len(given)):
+            counts = self._piece(given.dialect, model, name, given.message(index))
+            sums = tuple(map(add, sums, counts))
+            self._prefixes.put((name, given.chains[index]), sums)
+        for piece in given.heads:
+            sums = tuple(map(add, sums, self._piece(given.dialect, model, name, piece)))
+        total = dict(zip(CATEGORIES, sums, strict=True))
+        total["system"] += per_request
+        return total
 
     def tokens_of(self, exchange: Exchange, model: str, piece: Piece) -> int:
         """Return the tokens of one piece, template included."""
-        name = tokens.tokenizer_for(model).name
-        counts = self._counts.get((name, piece.digest))
+        name = _reader(exchange.dialect, model)
+        return sum(self._piece(exchange.dialect, model, name, piece))
+
+    def _known(self, name: str, given: Context) -> tuple[Counts, int]:
+        """Return the sums of the longest prefix of messages that is known, and its length."""
+        for index in range(len(given) - 1, -1, -1):
+            if (sums := self._prefixes.get((name, given.chains[index]))) is not None:
+                return sums, index + 1
+        return _NOTHING, 0
+
+    def _piece(self, dialect: Dialect, model: str, name: str, piece: Piece) -> Counts:
+        # The same bytes count as another thing where they are a system text.
+        key = (f"{name} {piece.unit.kind}", piece.digest)
+        counts = self._counts.get(key)
         if counts is None:
             per_message, _ = tokens.message_overhead(model)
-            counts = _count(_read(exchange.dialect, piece.unit), piece.unit, model, per_message)
-            self._counts.put((name, piece.digest), counts)
-        return sum(counts)
+            counts = _count(_read(dialect, piece.unit), piece.unit, model, per_message)
+            self._counts.put(key, counts)
+        return counts
 
     def reply(self, exchange: Exchange, model: str) -> int:
         """Return the tokens of the reply as far as it came: text, reasoning and calls."""
@@ -122,9 +191,14 @@ class Counter:
         return sum(tokens.tokenizer_for(model).count_many([text for text in texts if text]))
 
 
-def _read(dialect: object, unit: Unit) -> Message:
+def _reader(dialect: Dialect, model: str) -> str:
+    """Return what a count depends on besides the bytes; images cost what the model says."""
+    return f"{dialect.name} {model}"
+
+
+def _read(dialect: Dialect, unit: Unit) -> Message:
     try:
-        return dialect.read(unit)  # type: ignore[attr-defined,no-any-return]
+        return dialect.read(unit)
     except NotJSON:
         return Message("user", (), bytes(unit.raw))
 
@@ -152,6 +226,7 @@ def _count(message: Message, unit: Unit, model: str, per_message: int) -> Counts
     tokenizer = tokens.tokenizer_for(model)
     for category, text, count in zip(owners, texts, tokenizer.count_many(texts), strict=True):
         remembered = _memory(text, tokenizer) if category in ("system", "user") else 0
+        remembered = min(remembered, count)  # a segment by itself may take a token more
         counts[_INDEX["memory"]] += remembered
         counts[_INDEX[category]] += count - remembered
     owner = message.parts[0].category if message.parts else "user"
@@ -178,4 +253,4 @@ def _memory(text: str, tokenizer: tokens.Tokenizer) -> int:
     return sum(count for count in counted if count >= _MEMORY_TOKENS)
 
 
-__all__: Sequence[str] = ("Counter", "Piece", "pieces")
+__all__: Sequence[str] = ("Context", "Counter", "Piece", "context", "piece")

@@ -29,10 +29,7 @@ class Shape:
         self.keys = frozenset((*keys, *arrays))
         self.arrays = frozenset(arrays)
         fields: list[tuple[str, Any, Any]] = [(key, msgspec.Raw, msgspec.Raw()) for key in keys]
-        fields += [
-            (key, list[msgspec.Raw] | None, None)  # type: ignore[misc]
-            for key in arrays
-        ]
+        fields += [(key, list[msgspec.Raw] | None, None) for key in arrays]
         self._decoder = msgspec.json.Decoder(msgspec.defstruct("Body", fields))
 
     def decode(self, body: bytes) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from kimi_core.context import Piece
+    from kimi_core.context import Context
     from kimi_core.dialects import Dialect
     from kimi_core.document import Document
     from kimi_core.rules import Provider, Secret
@@ -153,7 +153,7 @@ class Exchange:
     route: Route | None = None
     session_id: str = ""
     kind: Literal["turn", "background", "subagent"] = "turn"
-    pieces: list[Piece] | None = None
+    context: Context | None = None
     at_dispatch: list[tuple[int, Callable[[Exchange], None]]] = field(default_factory=list)
 
     reply: Reply = field(default_factory=Reply)

@@ -16,11 +16,11 @@ import ipaddress
 import logging
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import brotli
 import zstandard
@@ -258,6 +258,8 @@ class _State:
         "done",
         "ended",
         "exchange",
+        "headers",
+        "key",
         "malformed",
         "pipe",
         "read",
@@ -272,6 +274,8 @@ class _State:
         self.us = False
         self.call: Call | None = None
         self.exchange: Exchange | None = None
+        self.headers: dict[str, str] = {}
+        self.key = ""
         self.malformed = ""
         self.stages: list[Stage] = []
         self.pipe: Pipe | None = None
@@ -280,13 +284,18 @@ class _State:
         self.secrets: tuple[bytes, ...] = ()
 
 
-_states: WeakKeyDictionary[http.HTTPFlow, _State] = WeakKeyDictionary()
+_STATE = "_kimi_state"
+_live: WeakSet[http.HTTPFlow] = WeakSet()
+"""The flows whose exchange has not ended."""
 
 
 def _state(flow: http.HTTPFlow) -> _State:
-    state = _states.get(flow)
+    # In the flow's own dict: a tenth of the cost of a weak mapping, and asked for thirty times.
+    # What mitmproxy saves or copies of a flow is named in its classes, so this is never among it.
+    own = vars(flow)
+    state: _State | None = own.get(_STATE)
     if state is None:
-        state = _states[flow] = _State()
+        state = own[_STATE] = _State()
     return state
 
 
@@ -310,7 +319,7 @@ def step(rank: Rank) -> Callable[[Handler], Handler]:
 def _run(event: str, flow: http.HTTPFlow) -> Awaitable[None] | None:
     state = _state(flow)
     if event == "request" and state.ended:  # the user replays the flow
-        state = _states[flow] = _State()
+        state = vars(flow)[_STATE] = _State()
     if event in state.done:
         return None
     state.done.add(event)
@@ -336,8 +345,9 @@ def _steps(
         _read(flow, state)
     elif event == "response":
         drain(flow)
-    elif event == "error" and state.pipe is not None:
+    elif event == "error" and state.pipe is not None and flow.response is not None:
         state.pipe.close()
+        flow.response.data.content = state.pipe.content  # what came, for mitmweb to show
     if event in ("response", "error"):
         state.ended = True
         if state.exchange is not None:
@@ -437,13 +447,32 @@ def for_us(flow: http.HTTPFlow) -> bool:
     return _state(flow).us
 
 
+def client_header(flow: http.HTTPFlow, name: str) -> str:
+    """Return a header as the client sent it, by its lower-case name; empty when it did not."""
+    return _state(flow).headers.get(name, "")
+
+
+def client_key(flow: http.HTTPFlow) -> str:
+    """Return the key that the client sent, empty when it sent none."""
+    return _state(flow).key
+
+
+def change_headers(
+    message: http.Message,
+    *,
+    drop: Iterable[str] = (),
+    put: Mapping[str, str] | None = None,
+) -> None:
+    """Take headers out of a message and put others in, in one pass; names in lower case."""
+    fresh = {name.encode(): value.encode("utf-8", "surrogateescape") for name, value in (put or {}).items()}
+    gone = {name.encode() for name in drop} | fresh.keys()
+    kept = [field for field in message.headers.fields if field[0].lower() not in gone]
+    message.headers.fields = (*kept, *fresh.items())
+
+
 def live_exchanges() -> list[tuple[http.HTTPFlow, Exchange]]:
     """Return the exchanges that have not ended yet."""
-    return [
-        (flow, state.exchange)
-        for flow, state in list(_states.items())
-        if state.exchange is not None and not state.ended
-    ]
+    return [(flow, found) for flow in list(_live) if (found := _state(flow).exchange) is not None]
 
 
 def _read(flow: http.HTTPFlow, state: _State) -> None:
@@ -451,10 +480,13 @@ def _read(flow: http.HTTPFlow, state: _State) -> None:
         return
     state.read = True
     state.us = addressed_to_us(flow)
-    own = {}
-    for name in OWN_HEADERS:
-        if (value := flow.request.headers.pop(name, None)) is not None:
-            own[name] = value
+    # One pass over the raw fields: a look-up in mitmproxy's Headers takes microseconds.
+    sent = state.headers
+    for name, value in flow.request.headers.fields:
+        sent.setdefault(name.lower().decode("latin-1"), value.decode("utf-8", "surrogateescape"))
+    own = {name: sent[name] for name in OWN_HEADERS if name in sent}
+    if own:
+        change_headers(flow.request, drop=OWN_HEADERS)
     if not state.us and not is_llm_host(flow.request.host):
         return
     call = state.call = dialects.match(flow.request.method, flow.request.path)
@@ -470,8 +502,8 @@ def _read(flow: http.HTTPFlow, state: _State) -> None:
     except NotJSON as error:
         state.malformed = str(error)
         return
-    headers = flow.request.headers
-    key = call.dialect.key(headers, flow.request.query)
+    query = dict(flow.request.query.fields) if "key=" in flow.request.path else {}
+    key = state.key = call.dialect.key(sent, query)
     found = Exchange(
         id=flow.id,
         dialect=call.dialect,
@@ -481,16 +513,18 @@ def _read(flow: http.HTTPFlow, state: _State) -> None:
         path_provider=call.provider,
         for_us=state.us,
         headers=own,
-        client=headers.get("user-agent", "").partition(" ")[0][:80],
+        client=sent.get("user-agent", "").partition(" ")[0][:80],
         client_key_hash=hashlib.sha256(key.encode()).hexdigest()[:16] if key else "",
         request_bytes=len(body),
     )
     found.model = call.dialect.model(document, call.model)
     found.stream = call.dialect.streams(document, flow.request.path)
     state.exchange = found
+    _live.add(flow)
 
 
 def _end(flow: http.HTTPFlow, state: _State, ended: Exchange) -> None:
+    _live.discard(flow)
     ended.ended = time.perf_counter()
     ended.status = flow.response.status_code if flow.response else None
     if state.pipe is not None:
@@ -564,6 +598,8 @@ def secrets_of(flow: http.HTTPFlow) -> tuple[bytes, ...]:
 def answer(flow: http.HTTPFlow, status: int, body: bytes, **headers: str) -> None:
     """Answer the request with `body` (JSON); the stages do not see it."""
     fields = {"content-type": "application/json", **headers}
+    if flow.request.method.upper() == "HEAD":
+        body = b""  # mitmproxy would send it, and the client would take it for the next answer
     flow.response = http.Response.make(status, body, fields)
     _state(flow).answered = True
 
@@ -593,19 +629,33 @@ def is_streamed(flow: http.HTTPFlow) -> bool:
     return _state(flow).pipe is not None
 
 
-def _open(flow: http.HTTPFlow, state: _State) -> None:
-    """Let an event stream through as it comes; everything else is buffered by mitmproxy."""
+def will_stream(flow: http.HTTPFlow) -> bool:
+    """Tell, when the reply's headers have come, whether it will be streamed."""
+    return _framing(flow, _state(flow)) is not None
+
+
+def _framing(flow: http.HTTPFlow, state: _State) -> Framing | None:
     response = flow.response
     if response is None or state.answered or response.status_code == 204:
-        return
+        return None
     kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "text/event-stream":
-        framing: Framing = SSE()
-    elif state.exchange is not None and state.exchange.stream and kind == "application/json":
-        if state.exchange.dialect is not dialects.GEMINI or response.status_code != 200:
-            return
-        framing = JSONArray()
-    else:
+        return SSE()
+    if (
+        kind == "application/json"
+        and response.status_code == 200
+        and state.exchange is not None
+        and state.exchange.stream
+        and state.exchange.dialect is dialects.GEMINI
+    ):
+        return JSONArray()
+    return None
+
+
+def _open(flow: http.HTTPFlow, state: _State) -> None:
+    """Let an event stream through as it comes; everything else is buffered by mitmproxy."""
+    response, framing = flow.response, _framing(flow, state)
+    if response is None or framing is None:
         return
     if state.exchange is None:
         response.stream = True
@@ -633,6 +683,7 @@ class Pipe:
         self.sent_bytes = 0
         self._ended = False
         self._broken = False
+        self._over = False
         assert flow.response is not None
         headers = flow.response.headers
         self._decode = _decoder(headers.get("content-encoding", ""))
@@ -649,18 +700,20 @@ class Pipe:
         if self._exchange.first_chunk is None:
             self._exchange.first_chunk = time.perf_counter()
         if self._broken or self._decode is None:
-            return self._keep([data])
+            return self._keep([] if self._over else [data])
         try:
-            plain = self._decode(data)
-            out = self._through(self._framing.feed(plain))
+            events = self._framing.feed(self._decode(data))
         except Exception as error:
             logger.warning(
-                "%s: the stream cannot be read: %s; it passes as it is",
+                "%s: the stream cannot be read: %s; %s",
                 self._id,
                 type(error).__name__,
+                "it ends here" if self._edits else "it passes as it is",
             )
             self._broken = True
-            return self._keep([data])
+            # The header that says how to decode it may be gone by now.
+            return self._keep(self._finish("the provider's stream") if self._edits else [data])
+        out = self._through(events)
         return self._keep(out if self._edits else [data])
 
     @property
@@ -679,35 +732,66 @@ class Pipe:
         if self._broken:
             return []
         out = self._through(self._framing.end())
-        for index, stage in enumerate(self._stages):
-            try:
-                held: Iterable[Event] = stage.end()
-            except Exception as error:
-                self._failed(stage, error)
+        order = list(self._stages)
+        for index, stage in enumerate(order):
+            if not self._has(stage):  # it failed on what an earlier one held
                 continue
-            out += self._through(list(held), index + 1)
+            try:
+                held = list(stage.end())
+            except Exception as error:
+                out += self._failed(stage, error)
+            else:
+                out += self._through(held, [s for s in order[index + 1 :] if self._has(s)])
         return out if self._edits else []
 
-    def _through(self, events: list[Event], first: int = 0) -> list[bytes]:
-        for stage in self._stages[first:]:
+    def _has(self, stage: Stage) -> bool:
+        return any(other is stage for other in self._stages)
+
+    def _through(self, events: list[Event], stages: list[Stage] | None = None) -> list[bytes]:
+        failure: list[bytes] = []
+        for stage in self._stages if stages is None else stages:
             passed: list[Event] = []
+            taken_out = False
             for event in events:
+                if taken_out:
+                    passed.append(event)
+                    continue
                 try:
                     passed.extend(stage.feed(event))
                 except Exception as error:
-                    self._failed(stage, error)
-                    passed.append(event)
+                    failure += self._failed(stage, error)
+                    if self._over:
+                        break
+                    passed += [*_held(stage), event]
+                    taken_out = True
             events = passed
-        return [event.raw for event in events]
+        if self._over and not failure:
+            return []
+        return [*(event.raw for event in events), *failure]
 
-    def _failed(self, stage: Stage, error: Exception) -> None:
+    def _failed(self, stage: Stage, error: Exception) -> list[bytes]:
+        """Take a stage out; return what the client is told, if that must end the reply."""
         logger.warning(
             "%s: %s failed on the reply: %s", self._id, type(stage).__name__, type(error).__name__
         )
-        if stage.on_failure == "end":
-            raise error
-        if stage in self._stages:
-            self._stages = [other for other in self._stages if other is not stage]
+        self._stages = [other for other in self._stages if other is not stage]
+        if stage.on_failure == "end" and not stage.reads_only:
+            return self._finish(type(stage).__name__)
+        return []
+
+    def _finish(self, what: str) -> list[bytes]:
+        """Say in the client's dialect that nothing more comes; what reads goes on reading."""
+        if self._over:
+            return []
+        self._over = True
+        self._stages = [stage for stage in self._stages if stage.reads_only]
+        self._exchange.error_type = self._exchange.error_type or "stream_failed"
+        message = f"kimi-proxy could not pass the rest of this reply on ({what} failed)."
+        dialect = self._exchange.dialect
+        if isinstance(self._framing, JSONArray):
+            opening = b",\n" if self.sent_bytes else b"["
+            return [opening + dialect.error(502, message) + b"]"]
+        return [dialect.error_event(502, message)]
 
     def _keep(self, pieces: list[bytes]) -> list[bytes]:
         # On HTTP/1.1 an empty piece would end a chunked body: nothing is [], never b"".
@@ -720,6 +804,14 @@ class Pipe:
             else:
                 self._kept.clear()
         return pieces
+
+
+def _held(stage: Stage) -> list[Event]:
+    """Return what a stage that has failed still holds, as far as it can say."""
+    try:
+        return list(stage.end())
+    except Exception:
+        return []
 
 
 def drain(flow: http.HTTPFlow) -> None:
@@ -753,8 +845,11 @@ def drain(flow: http.HTTPFlow) -> None:
                 type(stage).__name__,
                 type(error).__name__,
             )
-            if stage.on_failure == "end":
-                refuse(flow, 502, f"the reply could not be passed on ({type(stage).__name__})")
+            if stage.on_failure == "end" and not stage.reads_only:
+                failed = type(stage).__name__
+                message = f"kimi-proxy could not pass this reply on ({failed} failed)."
+                state.exchange.error_type = "stream_failed"
+                answer(flow, 502, state.exchange.dialect.error(502, message))
                 return
     out = b"".join(event.raw for event in events)
     if out != body:
@@ -767,10 +862,26 @@ def _decoder(encoding: str) -> Callable[[bytes], bytes] | None:
     if encoding in ("", "identity"):
         return bytes
     if encoding in ("gzip", "x-gzip", "deflate"):
-        # 32 + 15: zlib finds out by itself whether the header is gzip's or zlib's.
-        return zlib.decompressobj(47).decompress
+        return _Inflate()
     if encoding == "br":
         return brotli.Decompressor().process  # type: ignore[no-any-return]
     if encoding == "zstd":
         return zstandard.ZstdDecompressor().decompressobj().decompress
     return None
+
+
+class _Inflate:
+    """Undoes gzip and zlib; a gzip stream may be several, one after the other."""
+
+    def __init__(self) -> None:
+        # 32 + 15: zlib finds out by itself whether the header is gzip's or zlib's.
+        self._member = zlib.decompressobj(47)
+
+    def __call__(self, data: bytes) -> bytes:
+        out = self._member.decompress(data)
+        while rest := self._member.unused_data:
+            self._member = zlib.decompressobj(47)
+            out += self._member.decompress(rest)
+        if self._member.eof:
+            self._member = zlib.decompressobj(47)
+        return out

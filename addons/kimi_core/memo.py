@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key")
@@ -25,6 +26,13 @@ class Memo(Generic[Key, Value]):
         found = self._young.get(key)
         if found is None and (found := self._old.get(key)) is not None:
             self.put(key, found)
+        return found
+
+    def get_many(self, keys: Sequence[Key]) -> list[Value | None]:
+        """Return `get` of each key, in their order, in one go."""
+        found = list(map(self._young.get, keys))
+        if self._old and None in found:
+            return [self.get(key) for key in keys]
         return found
 
     def put(self, key: Key, value: Value) -> None:

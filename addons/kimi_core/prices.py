@@ -7,12 +7,12 @@ of the package: nothing is fetched.
 from __future__ import annotations
 
 import threading
+from importlib.metadata import version
 from typing import Any
 
 from kimi_core.exchange import Usage
 from kimi_core.memo import Memo
 from kimi_core.rules import Price
-
 
 # genai-prices' provider ids, where they differ from the names in rules.yaml.
 _PROVIDER_IDS = {
@@ -43,6 +43,7 @@ class PriceList:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._library: Any = None
+        self._knows_hours = False
         self._unknown: Memo[tuple[str, str], bool] = Memo(1000)
 
     @property
@@ -56,6 +57,8 @@ class PriceList:
             if self._library is None:
                 import genai_prices
 
+                # Older ones, for Python 3.11, bill every cache write as Anthropic's short one.
+                self._knows_hours = not version("genai-prices").startswith("0.0.")
                 self._library = genai_prices
 
     def cost(
@@ -72,31 +75,47 @@ class PriceList:
         if self._unknown.get((provider, model)):
             return None
         self.warm()
-        dollars = self._look_up(usage, provider, model)
-        if dollars is None:
+        try:
+            dollars = self._look_up(usage, provider, model)
+        except LookupError:
             self._unknown.put((provider, model), True)
             return None
-        return dollars, "prices"
+        return None if dollars is None else (dollars, "prices")
 
     def _look_up(self, usage: Usage, provider: str, model: str) -> float | None:
-        library = self._library
-        asked = library.Usage(
-            input_tokens=usage.input_tokens or 0,
-            output_tokens=usage.output_tokens or 0,
-            cache_read_tokens=usage.cache_read_tokens or 0,
-            cache_write_tokens=usage.cache_write_tokens or 0,
-            **({"cache_write_1h_tokens": hour} if (hour := usage.cache_write_1h_tokens) else {}),
-        )
-        provider_id = _PROVIDER_IDS.get(provider, provider)
+        """Return US dollars; None when the counts contradict each other. Raises LookupError."""
+        counts = {
+            "input_tokens": usage.input_tokens or 0,
+            "output_tokens": usage.output_tokens or 0,
+            "cache_read_tokens": usage.cache_read_tokens or 0,
+            "cache_write_tokens": usage.cache_write_tokens or 0,
+        }
+        hour = min(usage.cache_write_1h_tokens or 0, counts["cache_write_tokens"])
+        if hour and self._knows_hours:
+            counts["cache_write_1h_tokens"] = hour
+        # A provider that no rule names is called by its host.
+        where = {"provider_id": _PROVIDER_IDS.get(provider, provider)}
+        if "." in provider:
+            where = {"provider_api_url": f"https://{provider}"}
         for name in _names(model):
             try:
-                found = library.calc_price(asked, model_ref=name, provider_id=provider_id)
+                found = self._calc(counts, name, where)
+                if not hour or self._knows_hours:
+                    return float(found.total_price)
+                short = self._calc({"input_tokens": hour, "cache_write_tokens": hour}, name, where)
             except LookupError:
                 continue
             except ValueError:
-                return None  # counts that contradict each other: more cached than sent
-            return float(found.total_price)
-        return None
+                return None  # more was cached than sent
+            # "5-minute cache write tokens are 1.25 times the base input tokens price. 1-hour cache
+            # write tokens are 2 times the base input tokens price."
+            # -- https://docs.anthropic.com/en/docs/build-with-claude/prompt-caching
+            return float(found.total_price) + float(short.input_price) * (2 / 1.25 - 1)
+        raise LookupError(model)
+
+    def _calc(self, counts: dict[str, int], name: str, where: dict[str, str]) -> Any:
+        library = self._library
+        return library.calc_price(library.Usage(**counts), model_ref=name, **where)
 
 
 def _names(model: str) -> list[str]:

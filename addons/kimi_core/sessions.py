@@ -8,9 +8,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Literal
 
-import xxhash
-
-from kimi_core.context import Counter, Piece, pieces
+from kimi_core.context import Context, Counter, context
 from kimi_core.exchange import Exchange
 from kimi_core.memo import Memo
 from kimi_core.store import Store, StoreError
@@ -41,6 +39,7 @@ class Sessions:
         self._store = store
         self._conversations: Memo[bytes, str] = Memo(_REMEMBERED)
         self._main: Memo[str, _Main] = Memo(_REMEMBERED)
+        self._told: Memo[str, tuple[Source, str | None]] = Memo(_REMEMBERED)
         self._counter = Counter()
         try:
             known = list(store.conversations(_REMEMBERED))
@@ -55,59 +54,58 @@ class Sessions:
         """Set the exchange's `session_id` and `kind`."""
         exchange.session_id, source = self._find(exchange)
         exchange.kind = self._kind(exchange)
-        self._store.touch_session(
-            exchange.session_id,
-            source=source,
-            key_hash=exchange.client_key_hash or None,
-            project=exchange.headers.get("x-kimi-project"),
-            client=exchange.client or None,
-        )
+        project = exchange.headers.get("x-kimi-project")
+        told = (source, project)
+        if self._told.get(exchange.session_id) != told:
+            # What else a session shows follows from the rows of its exchanges.
+            self._told.put(exchange.session_id, told)
+            self._store.touch_session(
+                exchange.session_id,
+                source=source,
+                key_hash=exchange.client_key_hash or None,
+                project=project,
+                client=exchange.client or None,
+            )
 
     def _find(self, exchange: Exchange) -> tuple[str, Source]:
         if named := _printable(exchange.headers.get("x-kimi-session", "")):
             return named, "header"
         if known := exchange.dialect.client_session(exchange.document):
             return hashlib.sha256(known.encode("utf-8", "replace")).hexdigest()[:16], "client"
-        messages = [piece for piece in pieces(exchange) if piece.unit.kind == "message"]
-        if messages:
-            return self._conversation(exchange, messages), "conversation"
+        if len(given := context(exchange)):
+            return self._conversation(exchange, given), "conversation"
         return exchange.client_key_hash or "anonymous", "key"
 
-    def _conversation(self, exchange: Exchange, messages: list[Piece]) -> str:
-        chain = exchange.client_key_hash.encode()
-        chains: list[bytes] = []
-        for piece in messages:
-            chain = xxhash.xxh3_128_digest(chain + piece.digest)
-            chains.append(chain)
-        session = self._conversations.get(chains[-1])
+    def _conversation(self, exchange: Exchange, given: Context) -> str:
+        owner = exchange.client_key_hash.encode()
+        chain = owner + given.chains[-1]
+        session = self._conversations.get(chain)
         if session is None:
-            session = self._continued(exchange, messages, chains) or secrets.token_hex(8)
-            self._conversations.put(chains[-1], session)
-            self._store.add_conversation(chains[-1].hex(), session, exchange.client_key_hash)
+            session = self._continued(given, owner) or secrets.token_hex(8)
+            self._conversations.put(chain, session)
+            self._store.add_conversation(chain.hex(), session, exchange.client_key_hash)
         return session
 
-    def _continued(
-        self, exchange: Exchange, messages: list[Piece], chains: list[bytes]
-    ) -> str | None:
+    def _continued(self, given: Context, owner: bytes) -> str | None:
         """Return the session of the longest earlier request that this one goes on from.
 
         It goes on when what follows that request's messages is the model's answer.
         """
-        for index in range(len(chains) - 2, -1, -1):
-            session = self._conversations.get(chains[index])
+        for index in range(len(given) - 2, -1, -1):
+            session = self._conversations.get(owner + given.chains[index])
             if session is not None:
-                role = self._counter.role(exchange.dialect, messages[index + 1])
+                role = self._counter.role(given.dialect, given.message(index + 1))
                 return session if role == "assistant" else None
         return None
 
     def _kind(self, exchange: Exchange) -> Literal["turn", "background", "subagent"]:
-        root = tools = b""
-        for piece in pieces(exchange):
-            if piece.unit.kind == "tools":
-                tools = piece.digest
-            elif piece.unit.kind == "message" and not root:
-                if self._counter.role(exchange.dialect, piece) != "system":
-                    root = piece.digest
+        given = context(exchange)
+        tools = next((head.digest for head in given.heads if head.unit.kind == "tools"), b"")
+        root = b""
+        for index in range(len(given)):
+            if self._counter.role(given.dialect, given.message(index)) != "system":
+                root = given.digests[index]
+                break
         main = self._main.get(exchange.session_id)
         if main is None or (tools and not main.tools):
             # The first request with tools is what the session is about; titles come without.

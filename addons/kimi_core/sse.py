@@ -105,9 +105,10 @@ class SSE:
         if self._first:
             self._first = False
             text = text.removeprefix(b"\xef\xbb\xbf")
-        if text.startswith(b"data: ") and text.endswith(b"\n\n") and b"\r" not in text:
-            if text.find(b"\n") == len(text) - 2:  # one line, as nearly always
-                return Event(text[6:-2], raw)
+        # One line of data, as nearly always.
+        one_line = text.endswith(b"\n\n") and text.find(b"\n") == len(text) - 2
+        if one_line and text.startswith(b"data: ") and b"\r" not in text:
+            return Event(text[6:-2], raw)
         data: list[bytes] = []
         type_ = ""
         for line in _lines(text):
@@ -164,7 +165,7 @@ class JSONArray:
                 self._string = False
                 at += 1
             at = _match_end(_BETWEEN, buffer, at)
-            byte = buffer[at : at + 1]
+            byte = bytes(buffer[at : at + 1])
             if byte == b'"':
                 self._string = True
             elif byte in (b"{", b"["):

@@ -10,6 +10,7 @@ from kimi_core.dialects import ReplyReader
 from kimi_core.document import NotJSON, decode
 from kimi_core.sse import Event
 
+
 class StageRank(IntEnum):
     """The order in which stages see a reply on its way to the client."""
 
@@ -34,8 +35,12 @@ class Stage(Protocol):
         ...
 
     def end(self) -> Iterable[Event]:
-        """Return what was held back, when the reply is over."""
+        """Return what was held back: when the reply is over, or when `feed` has raised.
+
+        In the second case the event on which it raised follows, so it is not to be in it.
+        """
         ...
+
 
 class ReadReply:
     """Reads a reply as it passes: text, calls, usage, finish reason."""
@@ -45,11 +50,15 @@ class ReadReply:
     on_failure: Literal["pass", "end"] = "pass"
 
     def __init__(self, reader: ReplyReader) -> None:
-        self._reader = reader
+        self.reader = reader
+        self.failed = False
+        """What it has read is not the whole reply, and none of its numbers is the last."""
 
     def feed(self, event: Event) -> Iterable[Event]:
         if event.data:
-            self._reader.feed(event.data)
+            self.failed = True
+            self.reader.feed(event.data)
+            self.failed = False
         return (event,)
 
     def end(self) -> Iterable[Event]:

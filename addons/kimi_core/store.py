@@ -52,8 +52,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-BATCH_ROWS = 100  # commit at once when so many are waiting
-BATCH_WAIT_S = 0.05  # commit the first of them after this at the latest
+BATCH_ROWS = 500  # commit at once when so many are waiting
+BATCH_WAIT_S = 0.15  # commit the first of them after this at the latest
 TRANSACTION_ROWS = 500  # of a backlog, so many at a time
 BUSY_TIMEOUT_S = 0.25
 LOCKED_RETRY_S = 0.05

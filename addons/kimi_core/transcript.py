@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 
+from msgspec import Raw
+
 from kimi_core import dialects
 from kimi_core.context import Piece, piece
 from kimi_core.dialects import Call
+from kimi_core.dialects.base import text
 from kimi_core.document import Document, NotJSON, decode
 from kimi_core.exchange import Message, Part, Reply, Usage
 from kimi_core.sse import SSE, JSONArray
@@ -15,9 +18,7 @@ from kimi_core.sse import SSE, JSONArray
 _MARKS = {"reasoning": "thinking", "tool_call": "calls", "tool_result": "result"}
 
 
-def request(
-    call: Call, body: bytes, count: Callable[[Piece], int] | None = None
-) -> str:
+def request(call: Call, body: bytes, count: Callable[[Piece], int] | None = None) -> str:
     """Return a request's body as text: who said what, with the tokens of each message.
 
     Raises NotJSON when the body is no JSON object.
@@ -35,7 +36,7 @@ def request(
     for unit in units:
         tokens = count(piece(unit)) if count else None
         total += tokens or 0
-        label = unit.kind
+        label: str = unit.kind
         try:
             message = dialect.read(unit)
         except NotJSON:
@@ -48,7 +49,7 @@ def request(
         lines += _tools(unit.raw) if unit.kind == "tools" else _message(message)
     if count:
         head.append(f"{total:,} tokens")
-    return "\n".join([" · ".join(head), *lines, ""])
+    return _printable([" · ".join(head), *lines, ""])
 
 
 def reply(call: Call, body: bytes, content_type: str) -> str:
@@ -98,7 +99,12 @@ def _reply(reply: Reply) -> str:
         lines += ["", "── assistant " + "─" * 49, said]
     for call in reply.tool_calls:
         lines += ["", f"── calls {call.name} {call.id} " + "─" * 30, _pretty(call.arguments)]
-    return "\n".join([*lines, ""])
+    return _printable([*lines, ""])
+
+
+def _printable(lines: list[str]) -> str:
+    """Return lines as one text that can be encoded: a lone surrogate is shown by its number."""
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 
 
 def _message(message: Message) -> Iterator[str]:
@@ -117,9 +123,9 @@ def _part(part: Part) -> Iterator[str]:
     yield _pretty(part.text) if part.kind == "tool_call" else part.text
 
 
-def _tools(raw: object) -> Iterator[str]:
+def _tools(raw: bytes | Raw) -> Iterator[str]:
     try:
-        definitions = decode(raw)  # type: ignore[arg-type]
+        definitions = decode(raw)
     except NotJSON:
         definitions = None
     for definition in definitions if isinstance(definitions, list) else []:
@@ -133,15 +139,15 @@ def _names(definition: dict[str, object]) -> Iterator[str]:
     declared = definition.get("functionDeclarations") or definition.get("function_declarations")
     for one in declared if isinstance(declared, list) else [holder]:
         if isinstance(one, dict):
-            said = str(one.get("description") or "").strip().split("\n")[0][:100]
-            yield f"{one.get('name') or one.get('type')}: {said}".rstrip(": ")
+            said = text(one.get("description")).strip().partition("\n")[0][:100]
+            yield f"{text(one.get('name')) or text(one.get('type'))}: {said}".rstrip(": ")
 
 
-def _pretty(text: str) -> str:
+def _pretty(said: str) -> str:
     try:
-        return json.dumps(json.loads(text), indent=2, ensure_ascii=False)
-    except ValueError:
-        return text
+        return json.dumps(json.loads(said), indent=2, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return said
 
 
 def looks_like(method: str, path: str) -> Call | None:

@@ -31,11 +31,11 @@ class UsageReader:
 
     @property
     def usage(self) -> Usage:
-        """Return what was said so far, in OpenTelemetry's terms: totals that include their parts."""
+        """Return what was said so far, as OpenTelemetry counts: totals include their parts."""
         counters = self._counters
         if not counters and self._cost is None:
             return Usage()
-        read = _first(counters, "cache_read", "prompt_cache_hit_tokens")
+        read = counters.get("cache_read")
         write = counters.get("cache_write")
         tool_prompt = counters.get("toolUsePromptTokenCount")
         reasoning = counters.get("reasoning")
@@ -54,7 +54,7 @@ class UsageReader:
             if input_tokens is not None:
                 input_tokens += tool_prompt or 0
             reasoning = counters.get("thoughtsTokenCount")
-            output_tokens = counters.get("candidatesTokenCount", 0) + (reasoning or 0)
+            output_tokens = _gemini_output(counters, input_tokens)
             read = counters.get("cachedContentTokenCount")
         else:
             input_tokens = counters.get("input_tokens")
@@ -82,17 +82,18 @@ _PLAIN = (
     "total_tokens",
     "input_tokens",
     "output_tokens",
-    "prompt_cache_hit_tokens",  # DeepSeek
     "promptTokenCount",
     "candidatesTokenCount",
     "thoughtsTokenCount",
     "cachedContentTokenCount",
     "toolUsePromptTokenCount",
+    "totalTokenCount",
 )
 
 # (where the statement holds it, which counter it is)
 _NESTED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("cached_tokens",), "cache_read"),  # Moonshot
+    (("prompt_cache_hit_tokens",), "cache_read"),  # DeepSeek
     (("prompt_tokens_details", "cached_tokens"), "cache_read"),
     (("input_tokens_details", "cached_tokens"), "cache_read"),
     (("cache_read_input_tokens",), "cache_read"),
@@ -118,7 +119,7 @@ def _statements(payload: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         (payload.get("response"), "usage"),  # Responses, in the terminal events
         (payload.get("message"), "usage"),  # Anthropic, in message_start
     ):
-        if isinstance(holder, Mapping) and isinstance(found := holder.get(key), Mapping):
+        if isinstance(holder, dict) and isinstance(found := holder.get(key), dict):
             yield found
 
 
@@ -127,10 +128,10 @@ def _counters(found: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
         if (value := _count(found.get(name))) is not None:
             yield name, value
     for path, name in _NESTED:
-        value: Any = found
+        inner: Any = found
         for key in path:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if (count := _count(value)) is not None:
+            inner = inner.get(key) if isinstance(inner, dict) else None
+        if (count := _count(inner)) is not None:
             yield name, count
     if "prompt_tokens" not in found and (
         "cache_read_input_tokens" in found or "cache_creation_input_tokens" in found
@@ -146,16 +147,26 @@ def _count(value: Any) -> int | None:
 
 def _cost(found: Mapping[str, Any], before: float | None) -> float | None:
     """Return the dollars that OpenRouter says it took, the upstream's bill included."""
-    cost = found.get("cost")
-    if isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 <= cost < 1e9:
+    cost = _dollars(found.get("cost"))
+    if cost is None:
         return before
     details = found.get("cost_details")
-    if found.get("is_byok") and isinstance(details, Mapping):
-        upstream = details.get("upstream_inference_cost")
-        if isinstance(upstream, int | float) and 0 <= upstream < 1e9:
-            cost += upstream
-    return max(float(cost), before or 0.0)
+    if found.get("is_byok") is True and isinstance(details, dict):
+        # With a key of one's own `cost` is OpenRouter's fee alone.
+        cost += _dollars(details.get("upstream_inference_cost")) or 0.0
+    return max(cost, before or 0.0)
 
 
-def _first(counters: Mapping[str, int], *names: str) -> int | None:
-    return next((counters[name] for name in names if name in counters), None)
+def _dollars(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 <= value < 1e9 else None
+
+
+def _gemini_output(counters: Mapping[str, int], input_tokens: int | None) -> int | None:
+    candidates, thoughts = counters.get("candidatesTokenCount"), counters.get("thoughtsTokenCount")
+    if candidates is None and thoughts is None:
+        # A blocked prompt and an empty answer leave both out.
+        total = counters.get("totalTokenCount")
+        return None if total is None or input_tokens is None else max(0, total - input_tokens)
+    return (candidates or 0) + (thoughts or 0)

@@ -10,18 +10,26 @@ from kimi_core.dialects.base import Call, Dialect, Offer, ReplyReader, Unit
 from kimi_core.dialects.gemini import Gemini
 from kimi_core.dialects.openai import OpenAI
 from kimi_core.dialects.responses import Responses
+from kimi_core.exchange import Operation
 
 OPENAI, RESPONSES, ANTHROPIC, GEMINI = OpenAI(), Responses(), Anthropic(), Gemini()
 DIALECTS: dict[str, Dialect] = {d.name: d for d in (OPENAI, RESPONSES, ANTHROPIC, GEMINI)}
 
 # What may stand before the operation differs by provider: /v1, /v1beta, /coding/v1, /openai/v1,
 # /api/v1, /v1beta/openai, /v1/projects/.../endpoints/openai or nothing, so only the end counts.
-_POST = re.compile(
-    r"(?P<before>.*?)(?P<rest>/chat/completions|/responses|/messages/count_tokens|/messages"
-    r"|/models/(?P<model>[^/:]+):(?P<verb>generateContent|streamGenerateContent|countTokens))/?"
+_ENDINGS: tuple[tuple[str, Dialect, Operation], ...] = (
+    ("/chat/completions", OPENAI, "chat"),
+    ("/responses", RESPONSES, "chat"),
+    ("/messages/count_tokens", ANTHROPIC, "count_tokens"),
+    ("/messages", ANTHROPIC, "chat"),
 )
-_GET = re.compile(r"(?P<before>.*?)(?P<rest>/models)/?")
+_VERBS: dict[str, Operation] = {
+    "generateContent": "chat",
+    "streamGenerateContent": "chat",
+    "countTokens": "count_tokens",
+}
 _PROVIDER = re.compile(r"/(?P<provider>[A-Za-z0-9][A-Za-z0-9_.-]*?)(?:/v1|/v1beta)?")
+_VERSION = re.compile(r"v\d+(beta)?")
 
 
 def match(method: str, path: str) -> Call | None:
@@ -30,33 +38,28 @@ def match(method: str, path: str) -> Call | None:
     `Call.provider` is what stands before the usual prefix: a provider's name when the
     client uses our own base URL, otherwise a part of the provider's path.
     """
-    path = path.partition("?")[0]
-    if method == "POST":
-        found = _POST.fullmatch(path)
-    elif method == "GET":
-        found = _GET.fullmatch(path)
-    else:
+    path = path.partition("?")[0].removesuffix("/")
+    if method == "GET" and path.endswith("/models"):
+        return Call(OPENAI, "models", _provider(path.removesuffix("/models")), rest="/models")
+    if method != "POST":
         return None
-    if not found:
+    for rest, dialect, operation in _ENDINGS:
+        if path.endswith(rest):
+            before = path.removesuffix(rest)
+            if before.split("/")[-2:-1] in (["threads"], ["conversations"]):
+                return None  # OpenAI's /v1/threads/ID/messages adds a message, no more
+            return Call(dialect, operation, _provider(before), rest=rest)
+    head, _, verb = path.rpartition(":")
+    before, found, model = head.partition("/models/")
+    if not found or not model or verb not in _VERBS:
         return None
-    provider = ""
-    if named := _PROVIDER.fullmatch(found["before"]):
-        provider = named["provider"]
-        if re.fullmatch(r"v\d+(beta)?", provider):
-            provider = ""
-    rest = found["rest"]
-    if method == "GET":
-        return Call(OPENAI, "models", provider, rest=rest)
-    if rest == "/chat/completions":
-        return Call(OPENAI, "chat", provider, rest=rest)
-    if rest == "/responses":
-        return Call(RESPONSES, "chat", provider, rest=rest)
-    if rest == "/messages":
-        return Call(ANTHROPIC, "chat", provider, rest=rest)
-    if rest == "/messages/count_tokens":
-        return Call(ANTHROPIC, "count_tokens", provider, rest=rest)
-    operation = "count_tokens" if found["verb"] == "countTokens" else "chat"
-    return Call(GEMINI, operation, provider, unquote(found["model"]), rest)  # type: ignore[arg-type]
+    rest = f"/models/{model}:{verb}"
+    return Call(GEMINI, _VERBS[verb], _provider(before), unquote(model), rest)
+
+
+def _provider(before: str) -> str:
+    named = _PROVIDER.fullmatch(before)
+    return "" if named is None or _VERSION.fullmatch(named["provider"]) else named["provider"]
 
 
 __all__ = [

@@ -12,9 +12,11 @@ from typing import Any
 from kimi_core.dialects.base import (
     CATEGORY_OF,
     Dialect,
+    Messages,
     Offer,
     ReplyReader,
     Unit,
+    any_text,
     json_text,
     mappings,
     text,
@@ -24,6 +26,8 @@ from kimi_core.dialects.openai import ERROR_TYPES, header_bytes
 from kimi_core.document import Document, Shape, decode, encode
 from kimi_core.exchange import Category, Message, Part, Role
 
+_ROLES: dict[str, Role] = {"assistant": "assistant", "system": "system"}
+
 
 class Anthropic(Dialect):
     name = "anthropic"
@@ -31,13 +35,14 @@ class Anthropic(Dialect):
         "model", "stream", "system", "tools", "metadata", "max_tokens", arrays=("messages",)
     )
 
-    def units(self, document: Document) -> Iterator[Unit]:
+    def heads(self, document: Document) -> Iterator[Unit]:
         if raw := document.raw("tools"):
             yield Unit("tools", raw, ("tools",))
         if raw := document.raw("system"):
             yield Unit("system", raw, ("system",))
-        for index, raw_message in enumerate(document.elements("messages")):
-            yield Unit("message", raw_message, ("messages", index))
+
+    def messages(self, document: Document) -> Messages:
+        return Messages(document.elements("messages"), ("messages",))
 
     def read(self, unit: Unit) -> Message:
         if unit.kind == "tools":
@@ -48,9 +53,9 @@ class Anthropic(Dialect):
             return Message("system", tuple(_content(value, (), "system")), raw)
         if not isinstance(value, dict):
             return Message("user", (), raw)
-        role: Role = "assistant" if value.get("role") == "assistant" else "user"
+        role = _ROLES.get(text(value.get("role")), "user")
         parts = tuple(_content(value.get("content"), ("content",), CATEGORY_OF[role]))
-        if parts and all(part.kind == "tool_result" for part in parts):
+        if parts and all(part.category == "tool_result" for part in parts):
             role = "tool"
         return Message(role, parts, raw)
 
@@ -82,7 +87,9 @@ class Anthropic(Dialect):
                         "type": "model",
                         "id": offer.id,
                         "display_name": offer.id,
-                        "created_at": "1970-01-01T00:00:00Z",
+                        "created_at": "1970-01-01T00:00:00Z",  # "if the release date is unknown"
+                        "lifecycle": "active",
+                        "max_input_tokens": offer.context,
                     }
                     for offer in offers
                 ],
@@ -100,7 +107,9 @@ def _content(value: Any, path: tuple[str | int, ...], category: Category) -> Ite
         yield from _block(block, (*path, index), category)
 
 
-def _block(block: dict[str, Any], path: tuple[str | int, ...], category: Category) -> Iterator[Part]:
+def _block(
+    block: dict[str, Any], path: tuple[str | int, ...], category: Category
+) -> Iterator[Part]:
     type_ = text(block.get("type"))
     if type_ == "text":
         yield Part("text", category, text(block.get("text")), (*path, "text"))
@@ -109,7 +118,7 @@ def _block(block: dict[str, Any], path: tuple[str | int, ...], category: Categor
     elif type_ == "redacted_thinking":
         yield Part("reasoning", category, "", (*path, "data"))
     elif type_ in ("tool_use", "server_tool_use", "mcp_tool_use"):
-        said = json_text(block.get("input"))
+        said = any_text(block.get("input"))
         name, id_ = text(block.get("name")), text(block.get("id"))
         yield Part("tool_call", "assistant", said, (*path, "input"), name, id_)
     elif type_.endswith("tool_result"):
@@ -123,22 +132,25 @@ def _block(block: dict[str, Any], path: tuple[str | int, ...], category: Categor
             inner = (*path, "content", index)
             if isinstance(found := item.get("text"), str):
                 yield Part("tool_result", "tool_result", found, (*inner, "text"), id=id_)
-            elif item.get("type") == "image":
-                yield _image(item, inner, "tool_result")
+            elif item.get("type") in ("image", "document"):
+                yield from _block(item, inner, "tool_result")
             else:
                 yield Part("tool_result", "tool_result", json_text(item), inner, id=id_)
     elif type_ == "image":
         yield _image(block, path, category)
     elif type_ == "document":
-        source = block.get("source")
-        said = text(source.get("data")) if _is(source, "text") else ""
-        yield Part("file", category, said, (*path, "source", "data"))
+        yield from _document(block.get("source"), (*path, "source"), category)
     else:
         yield Part("other", category, json_text(block), path)
 
 
-def _is(source: Any, type_: str) -> bool:
-    return isinstance(source, dict) and source.get("type") == type_
+def _document(source: Any, path: tuple[str | int, ...], category: Category) -> Iterator[Part]:
+    if isinstance(source, dict) and source.get("type") == "text":
+        yield Part("file", category, text(source.get("data")), (*path, "data"))
+    elif isinstance(source, dict) and source.get("type") == "content":
+        yield from _content(source.get("content"), (*path, "content"), category)
+    else:  # a PDF, by value or by reference
+        yield Part("file", category, "", path)
 
 
 def _image(block: dict[str, Any], path: tuple[str | int, ...], category: Category) -> Part:

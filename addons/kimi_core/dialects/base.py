@@ -5,25 +5,37 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from msgspec import Raw
 
-from kimi_core.document import Document, NotJSON, Shape, decode, encode
+from kimi_core.document import Document, NotJSON, Path, Shape, decode, encode
 from kimi_core.exchange import Category, Message, Operation, Part, Reply, Role, ToolCall
 from kimi_core.usage import UsageReader
 
 UnitKind = Literal["system", "tools", "message"]
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
+class Unit(NamedTuple):
     """A piece of a request's context as JSON text: what is counted and recognised as one."""
 
     kind: UnitKind
     raw: bytes | Raw
     path: tuple[str | int, ...]
     """Where it stands in the request's body."""
+
+
+class Messages(NamedTuple):
+    """The messages of a request, not yet read."""
+
+    raws: Sequence[bytes | Raw]
+    path: Path
+    listed: bool = True
+    """They stand in a list at `path`; otherwise the only one stands at `path` itself."""
+
+    def unit(self, index: int) -> Unit:
+        path = (*self.path, index) if self.listed else self.path
+        return Unit("message", self.raws[index], path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +66,19 @@ class Dialect(ABC):
     shape: ClassVar[Shape]
 
     @abstractmethod
+    def heads(self, document: Document) -> Iterator[Unit]:
+        """Yield what stands before the messages: system texts and tools."""
+
+    @abstractmethod
+    def messages(self, document: Document) -> Messages:
+        """Return the messages' JSON texts, and where they stand."""
+
     def units(self, document: Document) -> Iterator[Unit]:
         """Yield the request's context in the order in which the model reads it."""
+        yield from self.heads(document)
+        messages = self.messages(document)
+        for index in range(len(messages.raws)):
+            yield messages.unit(index)
 
     @abstractmethod
     def read(self, unit: Unit) -> Message:
@@ -110,7 +133,8 @@ class ReplyReader(ABC):
     def __init__(self) -> None:
         self.reply = Reply()
         self._usage = UsageReader()
-        self._calls: dict[Any, tuple[list[str], str, str]] = {}
+        self._calls: dict[str, tuple[list[str], str, str]] = {}
+        self._latest: dict[str, str] = {}
 
     def feed(self, data: bytes) -> None:
         """Take one payload; what is no JSON object, and every unknown event, is ignored."""
@@ -142,10 +166,20 @@ class ReplyReader(ABC):
         """Take one payload, a dict that a provider sent."""
 
     def _call(self, key: Any, name: Any = "", id: Any = "", arguments: Any = "") -> None:
+        place = repr(key)  # a provider's index may be of any type
+        key = self._latest.get(place, place)
         pieces, known_name, known_id = self._calls.get(key, ([], "", ""))
+        if known_id and text(id) and text(id) != known_id:
+            # Gemini's OpenAI endpoint and others give each of several calls the index 0.
+            key = self._latest[place] = f"{place} {len(self._calls)}"
+            pieces, known_name, known_id = [], "", ""
         if arguments:
             pieces.append(arguments if isinstance(arguments, str) else json_text(arguments))
         self._calls[key] = (pieces, known_name or text(name), known_id or text(id))
+
+    def _has_arguments(self, key: Any) -> bool:
+        place = repr(key)
+        return bool(self._calls.get(self._latest.get(place, place), ((),))[0])
 
     def _identify(self, payload: Mapping[str, Any], model: str = "model", id: str = "id") -> None:
         if not self.reply.model and isinstance(value := payload.get(model), str):
@@ -156,7 +190,8 @@ class ReplyReader(ABC):
     def _fail(self, error: Any, *names: str) -> None:
         found = ""
         if isinstance(error, Mapping):
-            found = next((str(error[name]) for name in names if error.get(name)), "")
+            said = (error.get(name) for name in names)
+            found = next((str(one) for one in said if one and isinstance(one, str | int)), "")
         self.reply.error = self.reply.error or found or "error"
 
 
@@ -166,8 +201,18 @@ def text(value: Any) -> str:
 
 
 def json_text(value: Any) -> str:
-    """Return a decoded value as compact JSON text."""
-    return encode(value).decode("utf-8", "replace")
+    """Return a decoded value as compact JSON text, empty when it is nested too deeply."""
+    try:
+        return encode(value).decode()
+    except NotJSON:
+        return ""
+
+
+def any_text(value: Any) -> str:
+    """Return a string as it is, nothing for null, and anything else as JSON text."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json_text(value)
 
 
 def mappings(value: Any) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -12,10 +12,11 @@ from typing import Any
 from kimi_core.dialects.base import (
     CATEGORY_OF,
     Dialect,
+    Messages,
     Offer,
     ReplyReader,
     Unit,
-    json_text,
+    any_text,
     mappings,
     text,
     tools_message,
@@ -47,27 +48,28 @@ class Gemini(Dialect):
         arrays=("contents",),
     )
 
-    def units(self, document: Document) -> Iterator[Unit]:
+    def heads(self, document: Document) -> Iterator[Unit]:
         for key in ("systemInstruction", "system_instruction"):
             if raw := document.raw(key):
                 yield Unit("system", raw, (key,))
         if raw := document.raw("tools"):
             yield Unit("tools", raw, ("tools",))
-        for index, content in enumerate(document.elements("contents")):
-            yield Unit("message", content, ("contents", index))
+
+    def messages(self, document: Document) -> Messages:
+        return Messages(document.elements("contents"), ("contents",))
 
     def read(self, unit: Unit) -> Message:
         if unit.kind == "tools":
             return tools_message(unit.raw)
         value = decode(unit.raw)
         raw = bytes(unit.raw)
+        role: Role = "system" if unit.kind == "system" else "user"
         if isinstance(value, str):
-            value = {"parts": [{"text": value}]}
+            return Message(role, (Part("text", CATEGORY_OF[role], value),), raw)
         if not isinstance(value, dict):
-            return Message("user", (), raw)
-        role: Role = "assistant" if value.get("role") == "model" else "user"
-        if unit.kind == "system":
-            role = "system"
+            return Message(role, (), raw)
+        if role == "user" and value.get("role") == "model":
+            role = "assistant"
         category = CATEGORY_OF[role]
         given = value.get("parts")
         if isinstance(given, dict):
@@ -76,7 +78,7 @@ class Gemini(Dialect):
             parts = tuple(
                 part for i, x in mappings(given) for part in _parts(x, ("parts", i), category)
             )
-        if parts and all(part.kind == "tool_result" for part in parts):
+        if parts and all(part.category == "tool_result" for part in parts):
             role = "tool"
         return Message(role, parts, raw)
 
@@ -121,31 +123,45 @@ def _parts(part: dict[str, Any], path: tuple[str | int, ...], category: Category
     if isinstance(said := part.get("text"), str):
         kind: Any = "reasoning" if part.get("thought") is True else "text"
         yield Part(kind, category, said, (*path, "text"))
-    if isinstance(call := _either(part, "functionCall", "function_call"), dict):
-        args = json_text(call.get("args"))
+    key, call = _either(part, "functionCall", "function_call")
+    if isinstance(call, dict):
         name, id_ = text(call.get("name")), text(call.get("id"))
-        yield Part("tool_call", "assistant", args, (*path, "functionCall", "args"), name, id_)
-    if isinstance(result := _either(part, "functionResponse", "function_response"), dict):
+        said = any_text(call.get("args"))
+        yield Part("tool_call", "assistant", said, (*path, key, "args"), name, id_)
+    key, result = _either(part, "functionResponse", "function_response")
+    if isinstance(result, dict):
         response = result.get("response")
-        where: tuple[str | int, ...] = (*path, "functionResponse", "response")
-        if isinstance(response, dict):
+        where: tuple[str | int, ...] = (*path, key, "response")
+        if isinstance(response, dict) and len(response) == 1:
             # {"output": "..."} or {"result": "..."}: the text itself is what can be cut.
-            key, said = next(((k, v) for k, v in response.items() if isinstance(v, str)), ("", ""))
-            if key and len(response) == 1:
-                where, response = (*where, key), said
-        body = response if isinstance(response, str) else json_text(response)
+            inner, only = next(iter(response.items()))
+            if isinstance(only, str):
+                where, response = (*where, inner), only
         name, id_ = text(result.get("name")), text(result.get("id"))
-        yield Part("tool_result", "tool_result", body, where, name, id_)
-    if isinstance(inline := _either(part, "inlineData", "inline_data"), dict):
-        mime = text(_either(inline, "mimeType", "mime_type"))
+        yield Part("tool_result", "tool_result", any_text(response), where, name, id_)
+    key, inline = _either(part, "inlineData", "inline_data")
+    if isinstance(inline, dict):
+        mime = text(_either(inline, "mimeType", "mime_type")[1])
         kind = "image" if mime.startswith("image/") else "file"
         yield Part(kind, category, "", path, data=header_bytes(text(inline.get("data"))))
-    if isinstance(_either(part, "fileData", "file_data"), dict):
+    if isinstance(_either(part, "fileData", "file_data")[1], dict):
         yield Part("file", category, "", path)
+    for names, field in _CODE:
+        key, code = _either(part, *names)
+        if isinstance(code, dict) and (said := text(code.get(field))):
+            yield Part("other", category, said, (*path, key, field))
 
 
-def _either(value: Mapping[str, Any], camel: str, snake: str) -> Any:
-    return value.get(camel, value.get(snake))
+_CODE = (
+    (("executableCode", "executable_code"), "code"),
+    (("codeExecutionResult", "code_execution_result"), "output"),
+)
+
+
+def _either(value: Mapping[str, Any], camel: str, snake: str) -> tuple[str, Any]:
+    """Return the one of two spellings that is there, and what it holds."""
+    key = camel if camel in value else snake
+    return key, value.get(key)
 
 
 class _Reader(ReplyReader):

@@ -15,16 +15,18 @@ from typing import Any
 from kimi_core.dialects.base import (
     CATEGORY_OF,
     Dialect,
+    Messages,
     Offer,
     ReplyReader,
     Unit,
+    any_text,
     json_text,
     mappings,
     text,
     tools_message,
 )
 from kimi_core.document import Document, Shape, decode, encode
-from kimi_core.exchange import Category, Message, Part, Role
+from kimi_core.exchange import Category, Message, Part, PartKind, Role
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -50,12 +52,13 @@ class OpenAI(Dialect):
         arrays=("messages",),
     )
 
-    def units(self, document: Document) -> Iterator[Unit]:
+    def heads(self, document: Document) -> Iterator[Unit]:
         for key in ("tools", "functions"):
             if raw := document.raw(key):
                 yield Unit("tools", raw, (key,))
-        for index, raw in enumerate(document.elements("messages")):
-            yield Unit("message", raw, ("messages", index))
+
+    def messages(self, document: Document) -> Messages:
+        return Messages(document.elements("messages"), ("messages",))
 
     def read(self, unit: Unit) -> Message:
         if unit.kind == "tools":
@@ -120,10 +123,11 @@ ERROR_TYPES = {
 
 def _parts(value: dict[str, Any], role: Role) -> Iterator[Part]:
     category = CATEGORY_OF[role]
-    if thought := value.get("reasoning_content") or value.get("reasoning"):
-        key = "reasoning_content" if value.get("reasoning_content") else "reasoning"
-        yield Part("reasoning", "assistant", text(thought), (key,))
-    kind = "tool_result" if role == "tool" else "text"
+    for key in ("reasoning_content", "reasoning"):
+        if thought := text(value.get(key)):
+            yield Part("reasoning", "assistant", thought, (key,))
+            break  # the two mirror each other
+    kind: PartKind = "tool_result" if role == "tool" else "text"
     call_id, name = text(value.get("tool_call_id")), text(value.get("name"))
     content = value.get("content")
     if isinstance(content, str):
@@ -131,30 +135,27 @@ def _parts(value: dict[str, Any], role: Role) -> Iterator[Part]:
     for index, item in mappings(content):
         yield content_part(item, ("content", index), category, kind, name, call_id)
     for index, call in mappings(value.get("tool_calls")):
-        function = call.get("function") or call.get("custom") or {}
-        if isinstance(function, dict):
-            holder = "function" if "function" in call else "custom"
-            key = "arguments" if holder == "function" else "input"
-            yield Part(
-                "tool_call",
-                "assistant",
-                text(function.get(key)),
-                ("tool_calls", index, holder, key),
-                text(function.get("name")),
-                text(call.get("id")),
-            )
-    if isinstance(call := value.get("function_call"), dict):
+        for holder, key in (("function", "arguments"), ("custom", "input")):
+            if isinstance(function := call.get(holder), dict):
+                yield Part(
+                    "tool_call",
+                    "assistant",
+                    any_text(function.get(key)),
+                    ("tool_calls", index, holder, key),
+                    text(function.get("name")),
+                    text(call.get("id")),
+                )
+    if isinstance(old := value.get("function_call"), dict):
         path = ("function_call", "arguments")
-        yield Part(
-            "tool_call", "assistant", text(call.get("arguments")), path, text(call.get("name"))
-        )
+        said = any_text(old.get("arguments"))
+        yield Part("tool_call", "assistant", said, path, text(old.get("name")))
 
 
 def content_part(
     item: dict[str, Any],
     path: tuple[str | int, ...],
     category: Category,
-    kind: Any = "text",
+    kind: PartKind = "text",
     name: str = "",
     id: str = "",
 ) -> Part:
@@ -167,12 +168,12 @@ def content_part(
     if type_ == "thinking":  # Mistral: {"type": "thinking", "thinking": [{"type": "text", ...}]}
         pieces = [text(piece.get("text")) for _, piece in mappings(item.get("thinking"))]
         return Part("reasoning", "assistant", "".join(pieces), (*path, "thinking"))
-    if "image" in type_:
+    if "image" in type_ or type_ == "computer_screenshot":
         url = item.get("image_url")
         if isinstance(url, dict):
             url = url.get("url")
         return Part("image", category, "", path, data=inline_data(text(url)))
-    if type_ in ("file", "input_file", "input_audio"):
+    if any(medium in type_ for medium in ("file", "audio", "video")):
         return Part("file", category, "", path)
     return Part("other", category, json_text(item), path)
 
@@ -202,7 +203,7 @@ class _Reader(ReplyReader):
             self._fail(error, "type", "code")
         groq = payload.get("x_groq")
         if isinstance(groq, dict) and groq.get("error"):
-            self._fail(groq, "error")
+            self._fail(groq["error"], "type", "code")
         for position, choice in mappings(payload.get("choices")):
             index = choice.get("index", position)
             whole = isinstance(choice.get("message"), dict)
@@ -211,7 +212,7 @@ class _Reader(ReplyReader):
                 self._delta(index, delta)
             if reason := text(choice.get("finish_reason")):
                 reply.finish_reason = reason
-                reply.complete = reply.complete or whole
+                reply.complete = True  # [DONE] may be missing; what follows is usage alone
 
     def _delta(self, index: Any, delta: dict[str, Any]) -> None:
         reply = self.reply
@@ -220,20 +221,17 @@ class _Reader(ReplyReader):
             reply.text.append(content)
         for _, item in mappings(content):
             part = content_part(item, (), "assistant")
-            (reply.reasoning if part.kind == "reasoning" else reply.text).append(part.text)
+            if part.kind in ("text", "reasoning"):
+                (reply.reasoning if part.kind == "reasoning" else reply.text).append(part.text)
         # Mirrored fields count once: OpenRouter and Groq say `reasoning`, others reasoning_content.
         if thought := text(delta.get("reasoning_content")) or text(delta.get("reasoning")):
             reply.reasoning.append(thought)
         if refusal := text(delta.get("refusal")):
             reply.text.append(refusal)
         for position, call in mappings(delta.get("tool_calls")):
-            function = call.get("function")
-            function = function if isinstance(function, dict) else {}
-            self._call(
-                (index, call.get("index", position)),
-                function.get("name"),
-                call.get("id"),
-                function.get("arguments"),
-            )
+            place = (index, call.get("index", position))
+            for holder, key in (("function", "arguments"), ("custom", "input")):
+                if isinstance(function := call.get(holder), dict):
+                    self._call(place, function.get("name"), call.get("id"), function.get(key))
         if isinstance(function := delta.get("function_call"), dict):
             self._call((index, -1), function.get("name"), "", function.get("arguments"))

@@ -11,14 +11,16 @@ from typing import Any
 
 from kimi_core.dialects.base import (
     CATEGORY_OF,
+    Messages,
     ReplyReader,
     Unit,
+    any_text,
     json_text,
     mappings,
     text,
     tools_message,
 )
-from kimi_core.dialects.openai import _ROLES, OpenAI, content_part
+from kimi_core.dialects.openai import _ROLES, OpenAI, content_part, header_bytes
 from kimi_core.document import Document, Shape, decode, encode
 from kimi_core.exchange import Message, Part, Role
 
@@ -37,17 +39,17 @@ class Responses(OpenAI):
         "previous_response_id",
     )
 
-    def units(self, document: Document) -> Iterator[Unit]:
+    def heads(self, document: Document) -> Iterator[Unit]:
         if raw := document.raw("instructions"):
             yield Unit("system", raw, ("instructions",))
         if raw := document.raw("tools"):
             yield Unit("tools", raw, ("tools",))
+
+    def messages(self, document: Document) -> Messages:
         given = document.raw("input")
         if given.startswith(b"["):
-            for index, item in enumerate(document.elements("input")):
-                yield Unit("message", item, ("input", index))
-        elif given:
-            yield Unit("message", given, ("input",))
+            return Messages(document.elements("input"), ("input",))
+        return Messages([given] if given else [], ("input",), listed=False)
 
     def read(self, unit: Unit) -> Message:
         if unit.kind == "tools":
@@ -91,7 +93,7 @@ def _item(value: dict[str, Any]) -> tuple[Role, list[Part]]:
         return role, [content_part(x, ("content", i), category) for i, x in mappings(content)]
     if type_ == "additional_tools":
         return "system", [Part("other", "tools", json_text(value))]
-    if type_ == "reasoning":
+    if type_ == "reasoning" or "encrypted_content" in value:
         pieces = [
             Part("reasoning", "assistant", text(item.get("text")), (key, index, "text"))
             for key in ("summary", "content")
@@ -109,14 +111,19 @@ def _item(value: dict[str, Any]) -> tuple[Role, list[Part]]:
                 content_part(x, ("output", i), "tool_result", "tool_result", id=id_)
                 for i, x in mappings(output)
             ]
-        return "tool", [Part("tool_result", "tool_result", json_text(output), ("output",), id=id_)]
+        if isinstance(output, dict) and output.get("type") == "computer_screenshot":
+            return "tool", [content_part(output, ("output",), "tool_result", "tool_result", id=id_)]
+        return "tool", [Part("tool_result", "tool_result", any_text(output), ("output",), id=id_)]
     if type_.endswith("_call"):
         for key in ("arguments", "input", "action"):
             if key in value:
-                found = value[key]
-                said = found if isinstance(found, str) else json_text(found)
                 name = text(value.get("name")) or type_
+                said = any_text(value[key])
                 return "assistant", [Part("tool_call", "assistant", said, (key,), name, id_)]
+        if image := text(value.get("result")):  # image_generation_call
+            data = header_bytes(image)
+            return "assistant", [Part("image", "assistant", "", ("result",), data=data)]
+        return "assistant", [Part("other", "assistant", json_text(value))]
     return "user", [Part("other", "user", json_text(value))]
 
 
@@ -131,7 +138,11 @@ class _Reader(ReplyReader):
                 self._whole(payload)
                 self._output(payload)
         elif type_ == "error":
-            self._fail(payload.get("error", payload), "type", "code")
+            error = payload.get("error")
+            if isinstance(error, dict):
+                self._fail(error, "type", "code")
+            else:
+                self._fail(payload, "code")
         elif type_ in ("response.output_text.delta", "response.refusal.delta"):
             reply.text.append(text(payload.get("delta")))
         elif type_ in ("response.reasoning_text.delta", "response.reasoning_summary_text.delta"):
@@ -139,7 +150,14 @@ class _Reader(ReplyReader):
         elif type_ == "response.output_item.added":
             item = payload.get("item")
             if isinstance(item, dict) and text(item.get("type")).endswith("_call"):
-                self._call(payload.get("output_index"), item.get("name"), item.get("call_id"))
+                name = text(item.get("name")) or item["type"]
+                self._call(payload.get("output_index"), name, item.get("call_id"))
+        elif type_ == "response.output_item.done":
+            index = payload.get("output_index")
+            for part in _item(item)[1] if isinstance(item := payload.get("item"), dict) else ():
+                # Calls of server-side tools, and those of vLLM, come without deltas.
+                if part.kind == "tool_call" and not self._has_arguments(index):
+                    self._call(index, part.name, part.id, part.text)
         elif type_ in (
             "response.function_call_arguments.delta",
             "response.custom_tool_call_input.delta",
@@ -149,7 +167,7 @@ class _Reader(ReplyReader):
             self._whole(response)
             if type_ in ("response.completed", "response.incomplete", "response.failed"):
                 reply.complete = True
-                if not reply.text and not self._calls:
+                if not reply.text and not reply.reasoning and not self._calls:
                     self._output(response)
 
     def _whole(self, response: dict[str, Any]) -> None:
