@@ -1,6 +1,6 @@
 # The environment is .venv, made at first need. PYTHON=/path/to/python3 chooses what it is made of.
 BIN := .venv/bin
-RUN := mitmweb -s addons/all.py --no-web-open-browser
+RUN := kimi-proxy start --foreground
 
 .PHONY: all help run demo test check bench docs lock upgrade clean .venv
 

@@ -9,13 +9,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
+from mitmproxy import http
+from mitmproxy.addonmanager import Loader
+
 from kimi_core import context, flows, tokens
 from kimi_core.exchange import Category, Exchange, Provenance, Usage
 from kimi_core.flows import Rank
 from kimi_core.prices import PriceList
 from kimi_core.stages import HideUsage, ReadReply
-from mitmproxy import http
-from mitmproxy.addonmanager import Loader
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,6 @@ class Counter:
         # What was loaded by now stays for good, and need not be looked through for garbage again.
         gc.collect()
         gc.freeze()
-        gc.set_threshold(20_000, 20, 20)
 
     @flows.step(Rank.COUNT)
     @flows.fail_open
@@ -79,9 +79,14 @@ class Counter:
             self._counter.missing(exchange, model) <= _INLINE_BYTES
             and tokens.tokenizer_for(model).loaded
         ):
-            self._counts[exchange] = self._counter.count(exchange, model)
+            # In the next turn of the loop: by then the request is on its way.
+            asyncio.get_running_loop().call_soon(self._count_request, exchange, model)
         else:
             self._counts[exchange] = self._pool.submit(self._counter.count, exchange, model)
+
+    def _count_request(self, exchange: Exchange, model: str) -> Count:
+        counted = self._counts[exchange] = self._counter.count(exchange, model)
+        return counted
 
     @flows.step(Rank.COUNT)
     @flows.fail_open
@@ -132,7 +137,9 @@ class Counter:
         counted = self._counts.get(exchange)
         if isinstance(counted, Future):
             counted = await asyncio.wrap_future(counted)
-        exchange.context_tokens = counted or {}
+        elif counted is None:
+            counted = self._count_request(exchange, _model(exchange))
+        exchange.context_tokens = counted
         if failed and usage.input_tokens is None:
             return  # nobody bills what was refused
         if exchange.operation == "count_tokens":

@@ -8,13 +8,14 @@ import socket
 from collections.abc import Awaitable
 from urllib.parse import urlsplit
 
-from kimi_core import flows
-from kimi_core.flows import Rank
 from mitmproxy import ctx, http, tls
 from mitmproxy.addonmanager import Loader
 from mitmproxy.connection import Client
 from mitmproxy.proxy import layers, server_hooks
 from mitmproxy.proxy.layer import NextLayer
+
+from kimi_core import flows
+from kimi_core.flows import Rank
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ def _decrypts(host: str, sni: str | None) -> bool:
         ipaddress.ip_address(host)
     except ValueError:
         return flows.is_llm_host(host)
-    return flows.is_llm_host(host) or bool(sni) and flows.is_llm_host(str(sni))
+    return flows.is_llm_host(host) or (bool(sni) and flows.is_llm_host(str(sni)))
 
 
 def _own_ports(data: server_hooks.ServerConnectionHookData) -> set[int]:

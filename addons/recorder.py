@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Awaitable
 
+from mitmproxy import http
+from mitmproxy.addonmanager import Loader
+
 from kimi_core import flows
 from kimi_core.exchange import Exchange
 from kimi_core.flows import Rank
-from mitmproxy import http
-from mitmproxy.addonmanager import Loader
 
 logger = logging.getLogger(__name__)
 

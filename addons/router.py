@@ -4,15 +4,16 @@ import logging
 from collections.abc import Awaitable, Callable
 from urllib.parse import quote, unquote_plus, urlsplit
 
+from mitmproxy import http
+from mitmproxy.addonmanager import Loader
+from mitmproxy.net.http.url import hostport
+
 from kimi_core import dialects, flows
 from kimi_core.balance import Balancer
 from kimi_core.dialects import Offer
 from kimi_core.exchange import Exchange, Route
 from kimi_core.flows import Rank
 from kimi_core.rules import Match, Provider, Rules, Target
-from mitmproxy import http
-from mitmproxy.addonmanager import Loader
-from mitmproxy.net.http.url import hostport
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class Router:
             return
         self._route(flow, exchange, rules, provider)
 
-    @flows.step(Rank.ROUTE)
+    @flows.step(Rank.RECORD)  # after Counter, which knows what it cost
     @flows.fail_open
     def response(self, flow: http.HTTPFlow) -> None:
         if exchange := flows.exchange(flow):
@@ -118,9 +119,7 @@ class Router:
             dialect = dialects.OPENAI
         flows.answer(flow, 200, dialect.models(offers))
 
-    def _addressed(
-        self, flow: http.HTTPFlow, exchange: Exchange, rules: Rules
-    ) -> Provider | None:
+    def _addressed(self, flow: http.HTTPFlow, exchange: Exchange, rules: Rules) -> Provider | None:
         """Return the provider that the client itself named, by path or by host."""
         if not exchange.for_us:
             return rules.providers_by_host(flow.request.host, flow.request.port)
@@ -227,7 +226,6 @@ class Router:
             return None
         return target
 
-
     def _loops(self, flow: http.HTTPFlow, rules: Rules) -> frozenset[str]:
         """Return the providers whose base_url leads back to the address the client came to."""
         sockname = flow.client_conn.sockname
@@ -279,7 +277,9 @@ class Dispatch:
                 put["accept-encoding"] = "identity"
             if not route.keep_client_key:
                 drop += KEY_HEADERS
-                put |= _key_header(route.source, route.dialect, route.key.reveal() if route.key else "")
+                put |= _key_header(
+                    route.source, route.dialect, route.key.reveal() if route.key else ""
+                )
                 _drop_key_from_query(flow)
         if exchange.document.edited:
             body = exchange.document.encode()
@@ -335,8 +335,10 @@ def _may_pass(
     by_form = rules.detect(None, "", key)
     if by_form is not None and by_form.name == provider.name:
         return True
-    return addressed is not None and addressed.name == provider.name and (
-        by_form is None or not provider.key_prefixes
+    return (
+        addressed is not None
+        and addressed.name == provider.name
+        and (by_form is None or not provider.key_prefixes)
     )
 
 

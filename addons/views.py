@@ -5,18 +5,21 @@ import re
 from collections.abc import Awaitable, Iterable
 from typing import Any
 
+from mitmproxy import contentviews, ctx, http
+from mitmproxy.addonmanager import Loader
+
 from kimi_core import context, flows, transcript
 from kimi_core.context import Piece
 from kimi_core.dialects import Call
 from kimi_core.document import NotJSON
 from kimi_core.exchange import Exchange
 from kimi_core.flows import Rank
-from mitmproxy import contentviews, ctx, http
-from mitmproxy.addonmanager import Loader
 
 logger = logging.getLogger(__name__)
 
 _NAME = "LLM conversation"
+old: Any = contentviews
+"""What only mitmproxy 11 has in that module."""
 _COUNTED_BYTES = 2_000_000
 """A longer request is shown without tokens, so that a look does not block the proxy."""
 
@@ -42,7 +45,7 @@ class Views:
 
     def done(self) -> Awaitable[None]:
         if not hasattr(contentviews, "Contentview"):
-            contentviews.remove(self._view)
+            old.remove(self._view)
         return flows.leave(self)
 
     @flows.step(Rank.VIEW)
@@ -78,7 +81,9 @@ def _summary(exchange: Exchange) -> str:
     if exchange.input_tokens is not None:
         cached = exchange.reply.usage.cache_read_tokens
         about = "~" if exchange.input_source == "estimate" else ""
-        said.append(f"{about}{exchange.input_tokens:,} in" + (f" ({cached:,} cached)" if cached else ""))
+        said.append(
+            f"{about}{exchange.input_tokens:,} in" + (f" ({cached:,} cached)" if cached else "")
+        )
     if exchange.output_tokens is not None:
         about = "~" if exchange.output_source == "estimate" else ""
         said.append(f"{about}{exchange.output_tokens:,} out")
@@ -97,9 +102,7 @@ _counter = context.Counter(1024)
 
 # Terminals obey the control characters, and mitmdump prints what a view returns; writing
 # direction can hide what a text says; half a surrogate pair cannot be printed at all.
-_UNSAFE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-)
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def _conversation(data: bytes, flow: Any, message: Any) -> str:
@@ -144,7 +147,7 @@ def _view() -> Any:
     """Return the content view, made for the API of the mitmproxy that runs."""
     if hasattr(contentviews, "Contentview"):
 
-        class Conversation(contentviews.Contentview):  # type: ignore[misc,name-defined]
+        class Conversation(contentviews.Contentview):
             name = _NAME
             syntax_highlight = "none"
 
@@ -156,14 +159,14 @@ def _view() -> Any:
 
         return Conversation()
 
-    class OldConversation(contentviews.View):  # type: ignore[misc,name-defined]  # mitmproxy 11
+    class OldConversation(old.View):  # type: ignore[misc]
         name = _NAME
 
         def __call__(
             self, data: bytes, *, flow: Any = None, http_message: Any = None, **_: Any
         ) -> tuple[str, Iterable[Any]]:
             text = _conversation(data, flow, http_message)
-            return _NAME, contentviews.format_text(text)
+            return _NAME, old.format_text(text)
 
         def render_priority(
             self, data: bytes, *, flow: Any = None, http_message: Any = None, **_: Any

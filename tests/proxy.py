@@ -27,7 +27,11 @@ T = TypeVar("T")
 RULES = """\
 version: 1
 providers:
-  mistral: {{api: openai, base_url: "https://api.mistral.ai/v1", key: "${{PLANTED_KEY}}", stream_usage: false}}
+  mistral:
+    api: openai
+    base_url: "https://api.mistral.ai/v1"
+    key: "${{PLANTED_KEY}}"
+    stream_usage: false
   nvidia: {{api: openai, base_url: "https://integrate.api.nvidia.com/v1", key: "${{PLANTED_KEY}}"}}
   moonshot: {{api: openai, base_url: "https://api.moonshot.ai/v1", key: "${{PLANTED_KEY}}"}}
   openai:
@@ -79,7 +83,7 @@ class _OneProtocol(ssl.SSLContext):
 
 
 class Proxy:
-    """`with Proxy(folder, upstream) as proxy`: the chain of all.py, or `scripts`, on a free port."""
+    """`with Proxy(folder, upstream) as proxy`: all.py, or `scripts`, on a free port."""
 
     def __init__(
         self,
@@ -113,9 +117,9 @@ class Proxy:
             f"ssl_verify_upstream_trusted_ca={upstream.ca_file}",
             *options,
         ]
-        if any(Path(script).name in ("all.py", "stats.py") for script in scripts):
-            if not any(option.startswith("stats_port=") for option in options):
-                settings.append("stats_port=0")
+        with_stats = any(Path(script).name in ("all.py", "stats.py") for script in scripts)
+        if with_stats and not any(option.startswith("stats_port=") for option in options):
+            settings.append("stats_port=0")
         for setting in settings:
             self.command += ["--set", setting]
         self.command += ["--listen-host", "127.0.0.1", "--listen-port", "0", *arguments]
@@ -150,7 +154,10 @@ class Proxy:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self.stop()
         self.log.write_text(self.output)
@@ -211,7 +218,9 @@ class Proxy:
         connection = sqlite3.connect(f"file:{self.store}?mode=ro", uri=True, timeout=5)
         connection.row_factory = sqlite3.Row
         try:
-            return [dict(row) for row in connection.execute(f"SELECT * FROM {table} ORDER BY rowid")]
+            return [
+                dict(row) for row in connection.execute(f"SELECT * FROM {table} ORDER BY rowid")
+            ]
         except sqlite3.OperationalError:
             return []  # the writer has not made the tables yet
         finally:

@@ -13,6 +13,7 @@ import openai
 import pytest
 from google import genai
 from google.genai import types as genai_types
+
 from proxy import PLANTED, Proxy
 from upstream import Abort, Framing, Reply, TokenUsage, ToolCall, Upstream
 
@@ -25,9 +26,7 @@ def rows_before(chain: Proxy) -> int:
 
 
 def openai_client(chain: Proxy, **options: Any) -> openai.OpenAI:
-    return openai.OpenAI(
-        base_url=f"{chain.url}/v1", api_key="dummy", max_retries=0, **options
-    )
+    return openai.OpenAI(base_url=f"{chain.url}/v1", api_key="dummy", max_retries=0, **options)
 
 
 # --- clients by base URL
@@ -138,9 +137,7 @@ def test_the_anthropic_sdk(chain: Proxy, up: Upstream, rows_before: int, stream:
     up.default = Reply(text="bonjour", usage=TokenUsage(input=50, output=5))
     client = anthropic.Anthropic(base_url=chain.url, api_key="dummy", max_retries=0)
     if stream:
-        with client.messages.stream(
-            model="claude-test", max_tokens=50, messages=HELLO
-        ) as streamed:
+        with client.messages.stream(model="claude-test", max_tokens=50, messages=HELLO) as streamed:
             said = "".join(streamed.text_stream)
     else:
         message = client.messages.create(model="claude-test", max_tokens=50, messages=HELLO)
@@ -170,9 +167,7 @@ def test_count_tokens_goes_to_the_provider_and_counts_as_no_tokens(
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_google_sdk(chain: Proxy, up: Upstream, rows_before: int, stream: bool) -> None:
     up.default = Reply(text="ciao", usage=TokenUsage(input=60, output=6))
-    client = genai.Client(
-        api_key="dummy", http_options=genai_types.HttpOptions(base_url=chain.url)
-    )
+    client = genai.Client(api_key="dummy", http_options=genai_types.HttpOptions(base_url=chain.url))
     if stream:
         said = "".join(
             chunk.text or ""
@@ -241,7 +236,10 @@ def test_the_openai_sdk_by_https_proxy(
 
 
 def test_a_model_that_no_rule_names_leaves_as_it_came(chain: Proxy, up: Upstream) -> None:
-    body = b'{ "model":"gpt-4o",  "stream":true, "big":123456789012345678901234567890, "messages":[{"role":"user","content":"\\u00e9\\/"}] }'
+    body = (
+        b'{ "model":"gpt-4o",  "stream":true, "big":123456789012345678901234567890,'
+        b' "messages":[{"role":"user","content":"\\u00e9\\/"}] }'
+    )
     with chain.client() as client:
         client.post(
             "https://api.openai.com/v1/chat/completions?x=1",
@@ -267,9 +265,7 @@ def test_a_named_model_goes_to_its_provider_whatever_host_was_addressed(
     assert sent.header("cookie") is None
 
 
-def test_other_hosts_are_tunnelled_with_their_own_certificate(
-    chain: Proxy, up: Upstream
-) -> None:
+def test_other_hosts_are_tunnelled_with_their_own_certificate(chain: Proxy, up: Upstream) -> None:
     own = ssl.create_default_context(cafile=str(up.ca_file))
     with httpx.Client(proxy=chain.url, verify=own, trust_env=False) as client:
         answer = client.post("https://tunnelled.example/v1/chat/completions", json={"model": "m"})
@@ -486,7 +482,9 @@ def test_no_proxied_client_reaches_our_own_port(chain: Proxy, host: str) -> None
     assert b"200 OK" not in answer
 
 
-@pytest.mark.parametrize("headers", [{"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"}])
+@pytest.mark.parametrize(
+    "headers", [{"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"}]
+)
 def test_a_web_page_cannot_spend_the_users_money(
     chain: Proxy, up: Upstream, headers: dict[str, str]
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from proxy import PLANTED, Proxy, wait_until
 from upstream import Abort, Framing, Reply, Upstream
 
@@ -41,9 +42,7 @@ def _answers(port: int) -> bool:
         return False
 
 
-def test_no_key_is_found_in_flows_store_or_log(
-    up: Upstream, tmp_path: Path
-) -> None:
+def test_no_key_is_found_in_flows_store_or_log(up: Upstream, tmp_path: Path) -> None:
     """All that can go well or wrong, then the whole folder is searched."""
     saved = tmp_path / "flows.mitm"
     up.keys["api.anthropic.com"] = "another key"
@@ -98,11 +97,14 @@ def test_a_flow_still_open_when_the_proxy_stops_is_saved_without_keys(
     up.default = Reply(text="word " * 50, framing=Framing(hang=go_on, hang_after=5))
     try:
         with Proxy(tmp_path, up, arguments=["-w", str(saved)]) as proxy:
-            with proxy.base_client() as client, client.stream(
-                "POST",
-                "/v1/chat/completions",
-                json={"model": "kimi-k2", "stream": True, "messages": HELLO},
-            ) as answer:
+            with (
+                proxy.base_client() as client,
+                client.stream(
+                    "POST",
+                    "/v1/chat/completions",
+                    json={"model": "kimi-k2", "stream": True, "messages": HELLO},
+                ) as answer,
+            ):
                 next(answer.iter_bytes())
                 assert proxy.stop() == 0
             row = proxy.row(1)
@@ -136,7 +138,9 @@ def test_no_proxied_client_reaches_our_ports(guarded: Proxy, host: str, through:
 def test_a_name_that_resolves_to_this_machine_is_no_way_in(guarded: Proxy) -> None:
     with socket.create_connection(("127.0.0.1", guarded.port), timeout=10) as connection:
         target = f"{socket.gethostname()}:{_stats_port(guarded)}"
-        connection.sendall(f"GET http://{target}/health HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
+        connection.sendall(
+            f"GET http://{target}/health HTTP/1.1\r\nHost: {target}\r\n\r\n".encode()
+        )
         assert not connection.recv(4000).startswith(b"HTTP/1.1 200")
 
 

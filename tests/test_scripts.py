@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
 from proxy import Proxy
 from upstream import Reply, TokenUsage, Upstream
 
 ALL = ("guard.py", "router.py", "counter.py", "recorder.py", "stats.py", "views.py")
-BODY = b'{"model": "bare",\n "stream": %s, "n": 1.0e2, "messages": [{"role":"user","content":"\\u0041"}]}'
+BODY = (
+    b'{"model": "bare",\n "stream": %s, "n": 1.0e2,'
+    b' "messages": [{"role":"user","content":"\\u0041"}]}'
+)
 
 
 def _exchange(proxy: Proxy, up: Upstream, stream: str) -> tuple[bytes, bytes]:

@@ -44,6 +44,10 @@ class Balancer:
             counter=counter,
             scores={t.provider.name: self._score(t) for t in targets},
         )
+        if match.strategy == "best":
+            # Whoever was never tried goes first, else nothing would ever be known of it.
+            untried = (t for t in targets if t.provider.name not in self._seen)
+            target = next(untried, target)
         if session:
             self._chosen.put(key, (target.provider.name, target.model))
         return target
@@ -55,9 +59,10 @@ class Balancer:
             return
         seen = self._seen.setdefault(route.provider, _Seen())
         seen.requests.append(time.monotonic())
-        # A provider that is full says so at once; that is no speed.
-        failed = exchange.error_type or (exchange.status or 0) >= 400
-        if exchange.first_chunk is not None and not failed:
+        if exchange.error_type or (exchange.status or 0) >= 400:
+            # A provider that is full says so at once; that is no speed.
+            seen.latency_s = _mean(seen.latency_s, route.source.timeout if route.source else 120)
+        elif exchange.first_chunk is not None:
             seen.latency_s = _mean(seen.latency_s, exchange.first_chunk - exchange.started)
         tokens = (exchange.input_tokens or 0) + (exchange.output_tokens or 0)
         if exchange.cost_usd is not None and tokens:

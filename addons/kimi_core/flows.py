@@ -16,10 +16,19 @@ import ipaddress
 import logging
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import brotli
@@ -75,6 +84,8 @@ class Suite:
     def __init__(self) -> None:
         self.steps: dict[str, list[tuple[int, Any, Callable[..., Any]]]] = {}
         self.members: list[Any] = []
+        self.live: WeakSet[http.HTTPFlow] = WeakSet()
+        """The flows whose exchange has not ended."""
         self._wanted: str | None = None
         self._rules: RulesFile | None = None
         self._next_look = 0.0
@@ -185,12 +196,12 @@ def join(addon: Any, loader: Loader) -> None:
 
 
 def leave(addon: Any) -> Awaitable[None]:
-    """Take `addon` out of the suite; each returns it from its `done`. The last one closes the store.
+    """Take `addon` out of the suite; each returns this from its `done`.
 
-    When the proxy stops, exchanges that are still open end first, as cut off. No coroutine
+    The last one closes the store. When the proxy stops, exchanges that are still open end first, as cut off. No coroutine
     function, because mitmproxy calls `done` from synchronous code when a script is reloaded.
     """
-    if ctx.master.should_exit.is_set() and live_exchanges():
+    if ctx.master.should_exit.is_set() and (suite().live or _busy):
         return _end_and_leave(addon)
     _leave(addon)
     return _Nothing()
@@ -199,8 +210,9 @@ def leave(addon: Any) -> Awaitable[None]:
 async def _end_and_leave(addon: Any) -> None:
     for flow, _ in live_exchanges():
         flow.error = flow.error or Error("kimi-proxy stopped")
-        if (pending := _run("error", flow)) is not None:
-            await pending
+        _run("error", flow)
+    if _busy:
+        await asyncio.wait(set(_busy))
     _leave(addon)
 
 
@@ -217,8 +229,8 @@ def _leave(addon: Any) -> None:
 class _Nothing:
     """An awaitable that has nothing to wait for, and may as well be dropped."""
 
-    def __await__(self) -> Iterator[None]:
-        return iter(())
+    def __await__(self) -> Generator[None, None, None]:
+        yield from ()
 
 
 def defaults() -> None:
@@ -285,8 +297,6 @@ class _State:
 
 
 _STATE = "_kimi_state"
-_live: WeakSet[http.HTTPFlow] = WeakSet()
-"""The flows whose exchange has not ended."""
 
 
 def _state(flow: http.HTTPFlow) -> _State:
@@ -330,9 +340,26 @@ def _run(event: str, flow: http.HTTPFlow) -> Awaitable[None] | None:
     if event == "response" and len((flow.response and flow.response.raw_content) or b"") > (
         _IN_THREAD_BYTES
     ):
-        return _slowly(running, lambda: drain(flow))
+        return _to_the_end(_slowly(running, lambda: drain(flow)))
     pending = next(running, None)
-    return None if pending is None else _finish(pending, running)
+    if pending is None:
+        return None
+    rest = _finish(pending, running)
+    return rest if event in ("request", "responseheaders") else _to_the_end(rest)
+
+
+_busy: set[asyncio.Future[None]] = set()
+"""The ends of exchanges that are being worked out."""
+
+
+def _to_the_end(steps: Coroutine[Any, Any, None]) -> Awaitable[None] | None:
+    """Run what remains of an ended exchange, even if the connection's own task is cancelled."""
+    task = asyncio.ensure_future(steps)
+    if task.done():  # started eagerly, and nothing to wait for
+        return task
+    _busy.add(task)
+    task.add_done_callback(_busy.discard)
+    return asyncio.shield(task)
 
 
 def _steps(
@@ -373,7 +400,7 @@ async def _slowly(running: Iterator[Awaitable[None]], work: Callable[[], Any]) -
 
 def fail_open(handler: Handler) -> Handler:
     """Let the flow pass when `handler` raises: one warning, and the number is missing."""
-    return _guarded(handler, None)
+    return cast(Handler, _guarded(handler, None))
 
 
 def fail_closed(handler: Handler) -> Handler:
@@ -382,7 +409,7 @@ def fail_closed(handler: Handler) -> Handler:
     def block(flow: http.HTTPFlow, name: str) -> None:
         refuse(flow, 502, f"kimi-proxy could not check this request ({name} failed).")
 
-    return _guarded(handler, block)
+    return cast(Handler, _guarded(handler, block))
 
 
 def _guarded(handler: Any, block: Callable[[http.HTTPFlow, str], None] | None) -> Any:
@@ -464,7 +491,10 @@ def change_headers(
     put: Mapping[str, str] | None = None,
 ) -> None:
     """Take headers out of a message and put others in, in one pass; names in lower case."""
-    fresh = {name.encode(): value.encode("utf-8", "surrogateescape") for name, value in (put or {}).items()}
+    fresh = {
+        name.encode(): value.encode("utf-8", "surrogateescape")
+        for name, value in (put or {}).items()
+    }
     gone = {name.encode() for name in drop} | fresh.keys()
     kept = [field for field in message.headers.fields if field[0].lower() not in gone]
     message.headers.fields = (*kept, *fresh.items())
@@ -472,7 +502,9 @@ def change_headers(
 
 def live_exchanges() -> list[tuple[http.HTTPFlow, Exchange]]:
     """Return the exchanges that have not ended yet."""
-    return [(flow, found) for flow in list(_live) if (found := _state(flow).exchange) is not None]
+    return [
+        (flow, found) for flow in list(suite().live) if (found := _state(flow).exchange) is not None
+    ]
 
 
 def _read(flow: http.HTTPFlow, state: _State) -> None:
@@ -520,18 +552,19 @@ def _read(flow: http.HTTPFlow, state: _State) -> None:
     found.model = call.dialect.model(document, call.model)
     found.stream = call.dialect.streams(document, flow.request.path)
     state.exchange = found
-    _live.add(flow)
+    suite().live.add(flow)
 
 
 def _end(flow: http.HTTPFlow, state: _State, ended: Exchange) -> None:
-    _live.discard(flow)
+    suite().live.discard(flow)
     ended.ended = time.perf_counter()
     ended.status = flow.response.status_code if flow.response else None
     if state.pipe is not None:
         ended.response_bytes = state.pipe.sent_bytes
     elif flow.response is not None:
         ended.response_bytes = len(flow.response.raw_content or b"")
-    if flow.error is not None and not ended.error_type:
+    # A client may close as soon as it has the last event: nothing failed then.
+    if flow.error is not None and not ended.error_type and not ended.reply.complete:
         ended.error_type = "connection"
     flow.metadata["gen_ai.request.model"] = ended.model
 
@@ -810,7 +843,8 @@ def _held(stage: Stage) -> list[Event]:
     """Return what a stage that has failed still holds, as far as it can say."""
     try:
         return list(stage.end())
-    except Exception:
+    except Exception as error:
+        logger.debug("%s cannot say what it held: %s", type(stage).__name__, type(error).__name__)
         return []
 
 

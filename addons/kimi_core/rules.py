@@ -8,7 +8,7 @@ wrong with it. What the file may hold is said in `rules_schema`.
 
 from __future__ import annotations
 
-import importlib.resources
+import importlib.util
 import ipaddress
 import json
 import math
@@ -904,10 +904,11 @@ def default_rules_path() -> Path:
     addons = Path(__file__).resolve().parents[1]
     if addons.name == "addons" and (checkout := addons.parent / "rules.yaml").is_file():
         return checkout
-    try:
-        return Path(str(importlib.resources.files("kimi_proxy") / "rules.yaml"))
-    except ModuleNotFoundError:
-        return addons.parent / "rules.yaml"
+    package = importlib.util.find_spec("kimi_proxy")
+    for folder in (package and package.submodule_search_locations) or ():
+        if (installed := Path(folder) / "rules.yaml").is_file():
+            return installed
+    return addons.parent / "rules.yaml"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 Source = Literal["header", "client", "conversation", "key"]
 
-_REMEMBERED = 10_000
+_REMEMBERED = 4096
 
 
 @dataclass(slots=True)

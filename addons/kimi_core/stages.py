@@ -45,7 +45,7 @@ class Stage(Protocol):
 class ReadReply:
     """Reads a reply as it passes: text, calls, usage, finish reason."""
 
-    rank = StageRank.READ
+    rank: int = StageRank.READ
     reads_only = True
     on_failure: Literal["pass", "end"] = "pass"
 
@@ -68,7 +68,7 @@ class ReadReply:
 class HideUsage:
     """Takes out the chunk that carries usage alone, which only we asked for."""
 
-    rank = StageRank.HIDE
+    rank: int = StageRank.HIDE
     reads_only = False
     on_failure: Literal["pass", "end"] = "pass"
 
