@@ -71,12 +71,6 @@ class Router:
             return
         self._route(flow, exchange, rules, provider)
 
-    @flows.step(Rank.RECORD)  # after Counter, which knows what it cost
-    @flows.fail_open
-    def response(self, flow: http.HTTPFlow) -> None:
-        if exchange := flows.exchange(flow):
-            self.balancer.note(exchange)
-
     def _answer_without_exchange(self, flow: http.HTTPFlow, rules: Rules) -> None:
         call = flows.asked(flow)
         if call is None:
@@ -183,6 +177,8 @@ class Router:
             context=(match.context if match else None) or _window(rules, exchange.model),
             source=provider,
         )
+        if match is not None and match.strategy == "best":
+            self.balancer.watch(exchange)
 
     def _target(
         self,

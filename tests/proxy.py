@@ -203,9 +203,16 @@ class Proxy:
 
     def client(self, **options: Any) -> httpx.Client:
         """Return a client that goes through the proxy and trusts its CA."""
+        return httpx.Client(proxy=self.url, verify=self._trusted(), timeout=30, **options)
+
+    def async_client(self, **options: Any) -> httpx.AsyncClient:
+        """Return the same for asyncio."""
+        return httpx.AsyncClient(proxy=self.url, verify=self._trusted(), timeout=30, **options)
+
+    def _trusted(self) -> ssl.SSLContext:
         trusted = _OneProtocol(ssl.PROTOCOL_TLS_CLIENT)
         trusted.load_verify_locations(str(self.ca_file))
-        return httpx.Client(proxy=self.url, verify=trusted, timeout=30, **options)
+        return trusted
 
     def base_client(self, **options: Any) -> httpx.Client:
         """Return a client that takes the proxy for its provider."""

@@ -353,7 +353,7 @@ def _commands() -> Iterator[Shown]:
         for words in _split(lines):
             yield Shown(str(block), words)
     for page in PAGES:
-        for span in _spans(page):
+        for span in sorted(_spans(page)):
             if re.match(r"(kimi-proxy|make|mitmdump|mitmweb) [a-z-]", span):
                 yield Shown(str(page.relative_to(ROOT)), tuple(shlex.split(span)))
 

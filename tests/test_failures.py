@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import http.client
 import json
@@ -900,16 +901,21 @@ def test_a_hundred_streams_at_once_on_one_http2_connection_all_finish(
     faulty: Proxy, up: Upstream
 ) -> None:
     up.default = Reply(text="word " * 20, usage=TokenUsage(input=8, output=20))
-    with faulty.client(http2=True) as client, ThreadPoolExecutor(100) as pool:
 
-        def run(number: int) -> httpx.Response:
-            return client.post(
-                "https://api.openai.com/v1/chat/completions",
-                json={"model": "kimi-k2", "messages": HELLO, "stream": True},
-                headers={"x-kimi-session": f"h2-{number}"},
+    async def run() -> list[httpx.Response]:
+        # One thread: httpx's client for several may open HTTP/2 streams out of order.
+        async with faulty.async_client(http2=True) as client:
+            asked = (
+                client.post(
+                    "https://api.openai.com/v1/chat/completions",
+                    json={"model": "kimi-k2", "messages": HELLO, "stream": True},
+                    headers={"x-kimi-session": f"h2-{number}"},
+                )
+                for number in range(100)
             )
+            return await asyncio.gather(*asked)
 
-        answers = list(pool.map(run, range(100)))
+    answers = asyncio.run(run())
     assert {(a.status_code, a.http_version) for a in answers} == {(200, "HTTP/2")}
     assert all(a.text.endswith("data: [DONE]\n\n") for a in answers)
     faulty.settled()

@@ -18,10 +18,12 @@ from mitmproxy.addonmanager import Loader
 from mitmproxy.test import taddons, tflow
 
 from kimi_core import dialects, flows
+from kimi_core import pipe as pipe_module
 from kimi_core.dialects import Dialect
 from kimi_core.document import Document
 from kimi_core.exchange import Exchange
-from kimi_core.flows import Pipe, Rank
+from kimi_core.flows import Rank
+from kimi_core.pipe import Pipe
 from kimi_core.sse import SSE, Event, JSONArray
 from kimi_core.stages import HideUsage, ReadReply
 
@@ -344,7 +346,8 @@ def piped(
     for name, value in headers.items():
         flow.response.headers[name.replace("_", "-")] = value
     exchange = Exchange(flow.id, dialect, "chat", Document(BODY, dialect.shape))
-    return Pipe(flow, exchange, framing or SSE(), list(stages))
+    encoding = flow.response.headers.get("content-encoding", "")
+    return Pipe(flow.id, exchange, framing or SSE(), list(stages), encoding)
 
 
 class Stage:
@@ -487,7 +490,7 @@ def test_in_a_json_array_the_error_closes_the_array(at: int) -> None:
 def test_a_long_reply_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     piece = b"data: " + b"x" * (1 << 20) + b"\n\n"
     pipe = piped(Stage(reads_only=True))
-    times = flows.MAX_KEPT_BYTES // len(piece)
+    times = pipe_module.MAX_KEPT_BYTES // len(piece)
     for _ in range(times):
         list(pipe(piece))
     assert pipe.content == piece * times

@@ -21,6 +21,7 @@ class Balancer:
         self._chosen: Memo[tuple[str, str], tuple[str, str]] = Memo(5000)
         self._counters: dict[str, int] = {}
         self._seen: dict[str, _Seen] = {}
+        self._open: list[Exchange] = []
 
     def choose(
         self, match: Match, targets: tuple[Target, ...], session: str, sticky: bool
@@ -28,6 +29,7 @@ class Balancer:
         """Return one of `targets`, which are the usable ones of `match`."""
         if len(targets) == 1:
             return targets[0]
+        self._learn()
         key = (session, match.model)
         if sticky and session and (held := self._chosen.get(key)):
             for target in targets:
@@ -51,6 +53,16 @@ class Balancer:
         if session:
             self._chosen.put(key, (target.provider.name, target.model))
         return target
+
+    def watch(self, exchange: Exchange) -> None:
+        """Learn from an exchange once it has ended, before the next choice."""
+        self._open.append(exchange)
+
+    def _learn(self) -> None:
+        ended = [exchange for exchange in self._open if exchange.ended is not None]
+        self._open = [exchange for exchange in self._open if exchange.ended is None]
+        for exchange in ended:
+            self.note(exchange)
 
     def note(self, exchange: Exchange) -> None:
         """Learn from an ended exchange what its provider is like."""

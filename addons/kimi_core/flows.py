@@ -15,7 +15,6 @@ import inspect
 import ipaddress
 import logging
 import time
-import zlib
 from collections.abc import (
     Awaitable,
     Callable,
@@ -31,8 +30,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakSet
 
-import brotli
-import zstandard
 from mitmproxy import ctx, exceptions, http
 from mitmproxy.addonmanager import Loader
 from mitmproxy.flow import Error
@@ -41,15 +38,13 @@ from kimi_core import dialects, store
 from kimi_core.dialects import Call
 from kimi_core.document import Document, NotJSON
 from kimi_core.exchange import Exchange
+from kimi_core.pipe import Pipe, StageFailed, whole
 from kimi_core.rules import Rules, RulesError, RulesFile, default_rules_path
 from kimi_core.sessions import Sessions
-from kimi_core.sse import SSE, Event, Framing, JSONArray
+from kimi_core.sse import SSE, Framing, JSONArray
 from kimi_core.stages import Stage
 
 logger = logging.getLogger(__name__)
-
-MAX_KEPT_BYTES = 16 * 1024 * 1024
-"""A streamed reply longer than this is not kept for mitmweb and saved flows."""
 
 LOOPBACK = "127.0.0.1"
 
@@ -198,8 +193,9 @@ def join(addon: Any, loader: Loader) -> None:
 def leave(addon: Any) -> Awaitable[None]:
     """Take `addon` out of the suite; each returns this from its `done`.
 
-    The last one closes the store. When the proxy stops, exchanges that are still open end first, as cut off. No coroutine
-    function, because mitmproxy calls `done` from synchronous code when a script is reloaded.
+    The last one closes the store. When the proxy stops, exchanges that are still open end
+    first, as cut off. No coroutine function, because mitmproxy calls `done` from synchronous
+    code when a script is reloaded.
     """
     if ctx.master.should_exit.is_set() and (suite().live or _busy):
         return _end_and_leave(addon)
@@ -693,159 +689,14 @@ def _open(flow: http.HTTPFlow, state: _State) -> None:
     if state.exchange is None:
         response.stream = True
         return
-    state.pipe = Pipe(flow, state.exchange, framing, state.stages)
+    headers = response.headers
+    encoding = headers.get("content-encoding", "")
+    state.pipe = Pipe(flow.id, state.exchange, framing, state.stages, encoding)
+    if state.pipe.edits:
+        headers.pop("content-encoding", None)
+        if headers.pop("content-length", None) and response.http_version == "HTTP/1.1":
+            headers["transfer-encoding"] = "chunked"
     response.stream = state.pipe
-
-
-class Pipe:
-    """Owns mitmproxy's `response.stream`: cuts a reply into events and sends them through stages.
-
-    Where every stage only reads, the client gets each piece as it came, at once.
-    """
-
-    def __init__(
-        self, flow: http.HTTPFlow, of: Exchange, framing: Framing, stages: list[Stage]
-    ) -> None:
-        self._id = flow.id
-        self._exchange = of
-        self._framing = framing
-        self._stages = stages
-        self._edits = any(not stage.reads_only for stage in stages)
-        self._kept: list[bytes] = []
-        self._kept_bytes = 0
-        self.sent_bytes = 0
-        self._ended = False
-        self._broken = False
-        self._over = False
-        assert flow.response is not None
-        headers = flow.response.headers
-        self._decode = _decoder(headers.get("content-encoding", ""))
-        if self._decode is None:
-            self._broken = True
-        elif self._edits:
-            headers.pop("content-encoding", None)
-            if headers.pop("content-length", None) and flow.response.http_version == "HTTP/1.1":
-                headers["transfer-encoding"] = "chunked"
-
-    def __call__(self, data: bytes) -> Iterable[bytes]:
-        if not data:
-            return self._keep(self._last())
-        if self._exchange.first_chunk is None:
-            self._exchange.first_chunk = time.perf_counter()
-        if self._broken or self._decode is None:
-            return self._keep([] if self._over else [data])
-        try:
-            events = self._framing.feed(self._decode(data))
-        except Exception as error:
-            logger.warning(
-                "%s: the stream cannot be read: %s; %s",
-                self._id,
-                type(error).__name__,
-                "it ends here" if self._edits else "it passes as it is",
-            )
-            self._broken = True
-            # The header that says how to decode it may be gone by now.
-            return self._keep(self._finish("the provider's stream") if self._edits else [data])
-        out = self._through(events)
-        return self._keep(out if self._edits else [data])
-
-    @property
-    def content(self) -> bytes | None:
-        """Return what the client got; None when it was too long to keep."""
-        return None if self._kept_bytes > MAX_KEPT_BYTES else b"".join(self._kept)
-
-    def close(self) -> None:
-        """The reply was cut: tell the stages that nothing more comes."""
-        self._last()
-
-    def _last(self) -> list[bytes]:
-        if self._ended:
-            return []
-        self._ended = True
-        if self._broken:
-            return []
-        out = self._through(self._framing.end())
-        order = list(self._stages)
-        for index, stage in enumerate(order):
-            if not self._has(stage):  # it failed on what an earlier one held
-                continue
-            try:
-                held = list(stage.end())
-            except Exception as error:
-                out += self._failed(stage, error)
-            else:
-                out += self._through(held, [s for s in order[index + 1 :] if self._has(s)])
-        return out if self._edits else []
-
-    def _has(self, stage: Stage) -> bool:
-        return any(other is stage for other in self._stages)
-
-    def _through(self, events: list[Event], stages: list[Stage] | None = None) -> list[bytes]:
-        failure: list[bytes] = []
-        for stage in self._stages if stages is None else stages:
-            passed: list[Event] = []
-            taken_out = False
-            for event in events:
-                if taken_out:
-                    passed.append(event)
-                    continue
-                try:
-                    passed.extend(stage.feed(event))
-                except Exception as error:
-                    failure += self._failed(stage, error)
-                    if self._over:
-                        break
-                    passed += [*_held(stage), event]
-                    taken_out = True
-            events = passed
-        if self._over and not failure:
-            return []
-        return [*(event.raw for event in events), *failure]
-
-    def _failed(self, stage: Stage, error: Exception) -> list[bytes]:
-        """Take a stage out; return what the client is told, if that must end the reply."""
-        logger.warning(
-            "%s: %s failed on the reply: %s", self._id, type(stage).__name__, type(error).__name__
-        )
-        self._stages = [other for other in self._stages if other is not stage]
-        if stage.on_failure == "end" and not stage.reads_only:
-            return self._finish(type(stage).__name__)
-        return []
-
-    def _finish(self, what: str) -> list[bytes]:
-        """Say in the client's dialect that nothing more comes; what reads goes on reading."""
-        if self._over:
-            return []
-        self._over = True
-        self._stages = [stage for stage in self._stages if stage.reads_only]
-        self._exchange.error_type = self._exchange.error_type or "stream_failed"
-        message = f"kimi-proxy could not pass the rest of this reply on ({what} failed)."
-        dialect = self._exchange.dialect
-        if isinstance(self._framing, JSONArray):
-            opening = b",\n" if self.sent_bytes else b"["
-            return [opening + dialect.error(502, message) + b"]"]
-        return [dialect.error_event(502, message)]
-
-    def _keep(self, pieces: list[bytes]) -> list[bytes]:
-        # On HTTP/1.1 an empty piece would end a chunked body: nothing is [], never b"".
-        pieces = [piece for piece in pieces if piece]
-        for piece in pieces:
-            self.sent_bytes += len(piece)
-            self._kept_bytes += len(piece)
-            if self._kept_bytes <= MAX_KEPT_BYTES:
-                self._kept.append(piece)
-            else:
-                self._kept.clear()
-        return pieces
-
-
-def _held(stage: Stage) -> list[Event]:
-    """Return what a stage that has failed still holds, as far as it can say."""
-    try:
-        return list(stage.end())
-    except Exception as error:
-        logger.debug("%s cannot say what it held: %s", type(stage).__name__, type(error).__name__)
-        return []
 
 
 def drain(flow: http.HTTPFlow) -> None:
@@ -867,55 +718,12 @@ def drain(flow: http.HTTPFlow) -> None:
         body = response.content or b""
     except ValueError:
         return
-    events = [Event(body, body, "body")]
-    for stage in state.stages:
-        try:
-            passed = [out for event in events for out in stage.feed(event)]
-            events = [*passed, *stage.end()]
-        except Exception as error:
-            logger.warning(
-                "%s: %s failed on the reply: %s",
-                flow.id,
-                type(stage).__name__,
-                type(error).__name__,
-            )
-            if stage.on_failure == "end" and not stage.reads_only:
-                failed = type(stage).__name__
-                message = f"kimi-proxy could not pass this reply on ({failed} failed)."
-                state.exchange.error_type = "stream_failed"
-                answer(flow, 502, state.exchange.dialect.error(502, message))
-                return
-    out = b"".join(event.raw for event in events)
+    try:
+        out = whole(flow.id, state.stages, body)
+    except StageFailed as failure:
+        message = f"kimi-proxy could not pass this reply on ({failure} failed)."
+        state.exchange.error_type = "stream_failed"
+        answer(flow, 502, state.exchange.dialect.error(502, message))
+        return
     if out != body:
         response.content = out
-
-
-def _decoder(encoding: str) -> Callable[[bytes], bytes] | None:
-    """Return a function that undoes a content-encoding piece by piece; None if unknown."""
-    encoding = encoding.strip().lower()
-    if encoding in ("", "identity"):
-        return bytes
-    if encoding in ("gzip", "x-gzip", "deflate"):
-        return _Inflate()
-    if encoding == "br":
-        return brotli.Decompressor().process  # type: ignore[no-any-return]
-    if encoding == "zstd":
-        return zstandard.ZstdDecompressor().decompressobj().decompress
-    return None
-
-
-class _Inflate:
-    """Undoes gzip and zlib; a gzip stream may be several, one after the other."""
-
-    def __init__(self) -> None:
-        # 32 + 15: zlib finds out by itself whether the header is gzip's or zlib's.
-        self._member = zlib.decompressobj(47)
-
-    def __call__(self, data: bytes) -> bytes:
-        out = self._member.decompress(data)
-        while rest := self._member.unused_data:
-            self._member = zlib.decompressobj(47)
-            out += self._member.decompress(rest)
-        if self._member.eof:
-            self._member = zlib.decompressobj(47)
-        return out
