@@ -2,9 +2,10 @@
 
 from counter import Counter
 from guard import Guard
+from hook_cache import HookCache
 from recorder import Recorder
 from router import Dispatch, Router
 from stats import Stats
 from views import Views
 
-addons = [Guard(), Router(), Counter(), Recorder(), Stats(), Views(), Dispatch()]
+addons = [HookCache(), Guard(), Router(), Counter(), Recorder(), Stats(), Views(), Dispatch()]

@@ -85,7 +85,7 @@ def piece(unit: Unit) -> Piece:
     return Piece(unit, _digest(unit.raw))
 
 
-_digests: Memo[bytes, bytes] = Memo(4096)
+_digests: Memo[bytes, bytes] = Memo(2048)
 
 
 def _digest(raw: bytes | Raw) -> bytes:
@@ -114,7 +114,7 @@ class Counter:
     Thread-safe as far as it must be: two threads may count the same piece twice.
     """
 
-    def __init__(self, size: int = 2048) -> None:
+    def __init__(self, size: int = 1024) -> None:
         self._counts: Memo[tuple[str, bytes], Counts] = Memo(size)
         self._prefixes: Memo[tuple[str, bytes], Counts] = Memo(size)
         self._roles: Memo[tuple[str, bytes], Role] = Memo(size)

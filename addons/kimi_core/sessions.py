@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 Source = Literal["header", "client", "conversation", "key"]
 
 _REMEMBERED = 4096
+_REMEMBERED_SESSIONS = 1024
 
 
 @dataclass(slots=True)
@@ -38,8 +39,8 @@ class Sessions:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._conversations: Memo[bytes, str] = Memo(_REMEMBERED)
-        self._main: Memo[str, _Main] = Memo(_REMEMBERED)
-        self._told: Memo[str, tuple[Source, str | None]] = Memo(_REMEMBERED)
+        self._main: Memo[str, _Main] = Memo(_REMEMBERED_SESSIONS)
+        self._told: Memo[str, tuple[Source, str | None]] = Memo(_REMEMBERED_SESSIONS)
         self._counter = Counter()
         try:
             known = list(store.conversations(_REMEMBERED))
