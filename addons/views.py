@@ -67,7 +67,7 @@ class Views:
     def _bound(self) -> None:
         view = ctx.master.addons.get("view")
         keep = ctx.options.views_keep
-        if view is None or not keep or len(view._store) <= keep * 1.1:
+        if view is None or not keep or len(view._store) <= keep * 1.02:
             return
         finished = [flow for flow in view._store.values() if not flow.live]
         if len(finished) > keep:

@@ -23,7 +23,7 @@ MAX_CPU = {"200 KB": 1.35, "1 KB": 1.5}
 MIN_RATE = 0.75
 MAX_FIRST_BYTE_MS = 1.0
 MAX_CHUNK_MS = 0.2
-MAX_GROWTH_MB, MAX_LATE_GROWTH_MB, MAX_RSS_MB = 8.0, 3.0, 250.0
+MAX_GROWTH_PERCENT, MAX_LATE_GROWTH_MB, MAX_RSS_MB = 5.0, 3.0, 250.0
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,8 @@ def memory(bench: Bench) -> None:
         )
         gate = bench.report.gate
         gate(Gate(f"memory after {exchanges}", seen[-1], MAX_RSS_MB, "MB"))
-        gate(Gate(f"its growth after {step:,}", seen[-1] - seen[0], MAX_GROWTH_MB, "MB"))
+        growth = (seen[-1] / seen[0] - 1) * 100
+        gate(Gate(f"its growth after {step:,}", growth, MAX_GROWTH_PERCENT, "%"))
         gate(Gate(f"and after {7 * step:,}", seen[-1] - seen[6], MAX_LATE_GROWTH_MB, "MB"))
 
 
