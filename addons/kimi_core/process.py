@@ -230,10 +230,17 @@ def listener(port: int) -> str:
         return "" if Path("/proc/net/tcp").exists() else _listener_by_lsof(port)
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if any(os.readlink(fd) in inodes for fd in (process / "fd").iterdir()):
+            if any(_target(fd) in inodes for fd in (process / "fd").iterdir()):
                 name = (process / "comm").read_text().strip()
                 return f"{name} (process {process.name})"
     return ""
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except OSError:  # closed since it was listed
+        return ""
 
 
 def _rows(table: str) -> list[list[str]]:
