@@ -82,7 +82,6 @@ def test_the_rules_price_goes_before_the_list(prices: PriceList) -> None:
             2000 * 6 / 1e6,
         ),
         ("moonshot", "kimi-k2-thinking", Usage(1_000_000, 0), 0.6),
-        ("openrouter", "moonshotai/kimi-k2-thinking", Usage(1_000_000, 0), 0.6),
         ("gemini", "gemini-2.5-pro", Usage(100_000, 1000), 0.125 + 0.01),
         ("vertex", "google/gemini-2.5-pro", Usage(100_000, 1000), 0.125 + 0.01),
         ("gemini", "models/gemini-2.5-pro", Usage(100_000, 1000), 0.125 + 0.01),

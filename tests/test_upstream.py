@@ -1,4 +1,5 @@
 import gzip
+import importlib.util
 import itertools
 import json
 import os
@@ -16,7 +17,6 @@ from typing import Any
 
 import anthropic
 import httpx
-import httpx2
 import openai
 import pytest
 from google import genai
@@ -305,7 +305,9 @@ def test_tls_serves_both_http_versions(up: Upstream, dialect: str, http2: bool) 
 
 
 def test_an_sdk_works_over_http2(up: Upstream) -> None:
-    with httpx2.Client(http2=True, verify=tls(up)) as client:
+    # The SDK's own HTTP library: httpx2 since its 3.0, httpx before.
+    library = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
+    with library.Client(http2=True, verify=tls(up)) as client:
         sdk = openai.OpenAI(base_url=up.https_url + "/v1", api_key="k", http_client=client)
         text = "".join(
             c.choices[0].delta.content or ""
