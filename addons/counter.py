@@ -116,19 +116,20 @@ class Counter:
         stage = self._readers.get(exchange)
         if stage is not None and not exchange.blocked:
             exchange.reply = stage.reader.finish()
-            if stage.failed:
+            exchange.unread = exchange.unread or stage.failed or _is_unknown(exchange)
+            if exchange.unread:
                 exchange.reply.usage = Usage()  # an earlier event's may be far from the last
-            await self._count(flow, exchange, unread=stage.failed)
-            if not stage.failed:
+            await self._count(flow, exchange)
+            if not exchange.unread:
                 await self._price(exchange)
         _label(flow, exchange)
         if flow.response is not None and not flows.is_streamed(flow):
             self._tell(flow.response, exchange, whole=True)
 
-    async def _count(self, flow: http.HTTPFlow, exchange: Exchange, *, unread: bool) -> None:
+    async def _count(self, flow: http.HTTPFlow, exchange: Exchange) -> None:
         reply, usage = exchange.reply, exchange.reply.usage
         failed = exchange.status is None or exchange.status >= 400
-        ends_itself = exchange.stream and not unread
+        ends_itself = exchange.stream and not exchange.unread
         exchange.partial = not failed and not reply.complete and (bool(flow.error) or ends_itself)
         if reply.error and not exchange.error_type:
             exchange.error_type = reply.error
@@ -150,7 +151,7 @@ class Counter:
             exchange.input_tokens, exchange.input_source = usage.input_tokens, "usage"
         elif counted:
             exchange.input_tokens, exchange.input_source = sum(counted.values()), source
-        if unread:
+        if exchange.unread:
             return
         output = usage.output_tokens
         if output is None or exchange.partial:
@@ -203,6 +204,13 @@ class Counter:
         response.headers.fields += tuple(
             (b"X-Kimi-Proxy-" + name.encode(), _header(value)) for name, value in told.items()
         )
+
+
+def _is_unknown(exchange: Exchange) -> bool:
+    """Tell whether a reply that came whole says nothing that we can read: HTML, half a JSON."""
+    reply = exchange.reply
+    said = reply.complete or reply.text or reply.reasoning or reply.tool_calls or reply.error
+    return not exchange.stream and not said and reply.usage.output_tokens is None
 
 
 def _model(exchange: Exchange) -> str:

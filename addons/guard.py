@@ -147,9 +147,12 @@ class Guard:
         if response is None:
             return
         for secret in flows.secrets_of(flow):
-            if secret in (response.raw_content or b""):
-                content = (response.raw_content or b"").replace(secret, REDACTED)
-                if flows.is_streamed(flow):
+            # Compressed or not; what cannot be decoded is searched as it is.
+            content = response.get_content(strict=False) or b""
+            if secret in content:
+                content = content.replace(secret, REDACTED)
+                if flows.is_streamed(flow):  # the client has it; this is what is shown and saved
+                    response.headers.pop("content-encoding", None)
                     response.data.content = content
                 else:
                     response.content = content

@@ -44,8 +44,11 @@ class HookCache:
 
     def configure(self, updated: set[str]) -> None:
         flows.suite().configure(updated)
-        if "hook_cache" in updated and not ctx.options.hook_cache:
-            self._restore()
+        if "hook_cache" in updated:
+            if not ctx.options.hook_cache:
+                self._restore()
+            elif self._manager is not None:
+                self.running()
 
     def running(self) -> None:
         manager = ctx.master.addons
@@ -93,7 +96,13 @@ class HookCache:
         """Take the place of AddonManager.trigger_event."""
         found = self._handlers.get(event.name)
         if found is None:
-            found = self._handlers[event.name] = self._find(event)
+            assert self._manager is not None
+            try:
+                found = self._handlers[event.name] = self._find(event)
+            except exceptions.AddonManagerError:
+                # An attribute that only looks like a handler: mitmproxy's own way says so.
+                await AddonManager.trigger_event(self._manager, event)
+                return
         args = event.args()
         for handlers in found:
             try:

@@ -26,6 +26,10 @@ class Recorder:
     def configure(self, updated: set[str]) -> None:
         flows.suite().configure(updated)
 
+    def running(self) -> None:
+        # Opening the store may wait for a lock: now, rather than in the first request.
+        _ = flows.suite().sessions
+
     def done(self) -> Awaitable[None]:
         return flows.leave(self)
 

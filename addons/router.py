@@ -95,9 +95,12 @@ class Router:
                 return
             key = provider.key.reveal() if provider.key else ""
             if provider.takes_key and not key:
-                flows.refuse(flow, 401, _no_key(provider))
-                return
+                key = flows.client_key(flow)
+                if not _may_pass(key, provider, provider, rules, True):
+                    flows.refuse(flow, 401, _no_key(provider))
+                    return
             put = _redirect(flow, provider.base_url, "/models")
+            _drop_key_from_query(flow)
             put |= _key_header(provider, provider.api, key)
             flows.change_headers(flow.request, drop=(*KEY_HEADERS, *PROXY_HEADERS), put=put)
             return
@@ -177,7 +180,7 @@ class Router:
             context=(match.context if match else None) or _window(rules, exchange.model),
             source=provider,
         )
-        if match is not None and match.strategy == "best":
+        if match is not None and match.strategy == "best" and len(match.targets) > 1:
             self.balancer.watch(exchange)
 
     def _target(
@@ -271,11 +274,13 @@ class Dispatch:
             if exchange.stream:
                 # A compressed stream would have to be undone to be read as it passes.
                 put["accept-encoding"] = "identity"
-            if not route.keep_client_key:
+            if exchange.for_us or not route.keep_client_key:
+                # One key goes out, in the header that the provider takes, whatever else came.
+                key = route.key.reveal() if route.key else ""
+                if route.keep_client_key:
+                    key = flows.client_key(flow)
                 drop += KEY_HEADERS
-                put |= _key_header(
-                    route.source, route.dialect, route.key.reveal() if route.key else ""
-                )
+                put |= _key_header(route.source, route.dialect, key)
                 _drop_key_from_query(flow)
         if exchange.document.edited:
             body = exchange.document.encode()
@@ -328,14 +333,19 @@ def _may_pass(
         return False
     if addressed is not None and not for_us:
         return addressed.name == provider.name
-    by_form = rules.detect(None, "", key)
-    if by_form is not None and by_form.name == provider.name:
-        return True
-    return (
-        addressed is not None
-        and addressed.name == provider.name
-        and (by_form is None or not provider.key_prefixes)
+    prefixes = [(p, other) for other in rules.providers.values() for p in other.key_prefixes]
+    form, owner = max(
+        ((p, other) for p, other in prefixes if key.startswith(p)),
+        key=lambda pair: len(pair[0]),
+        default=("", None),
     )
+    if owner is not None and owner.name == provider.name:
+        return True
+    if addressed is None or addressed.name != provider.name:
+        return False
+    # `sk-` alone begins the keys of several providers, `sk-ant-` those of one.
+    says_nothing = any(p != form and p.startswith(form) for p, _ in prefixes)
+    return owner is None or (says_nothing and not provider.key_prefixes)
 
 
 def _known(provider: Provider | None) -> Provider:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import ssl
@@ -483,7 +484,8 @@ def test_no_proxied_client_reaches_our_own_port(chain: Proxy, host: str) -> None
 
 
 @pytest.mark.parametrize(
-    "headers", [{"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"}]
+    "headers",
+    [{"origin": "https://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}],
 )
 def test_a_web_page_cannot_spend_the_users_money(
     chain: Proxy, up: Upstream, headers: dict[str, str]
@@ -519,3 +521,24 @@ def test_our_own_headers_are_read_and_not_passed_on(
     assert not [name for name, _ in up.requests[-1].headers if name.lower().startswith("x-kimi")]
     row = chain.row(rows_before + 1)
     assert (row["session_id"], row["project"]) == ("monday", "shop")
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (b"\x1f\x8bno gzip at all", {"content-encoding": "gzip"}),
+        (b"<html>busy</html>", {"content-type": "text/html"}),
+        (b'{"choices": [{"message": {"content": "hal', {}),
+    ],
+)
+def test_a_reply_that_nobody_can_read_has_no_output_and_no_price(
+    chain: Proxy, up: Upstream, rows_before: int, body: bytes, headers: dict[str, str]
+) -> None:
+    up.script("*/chat/completions", Reply(body=body, headers=headers))
+    with chain.base_client() as client, contextlib.suppress(httpx.DecodingError):
+        client.post("/v1/chat/completions", json={"model": "kimi-k2", "messages": HELLO})
+    row = chain.row(rows_before + 1)
+    assert row["status"] == 200
+    assert row["gen_ai.usage.output_tokens"] is None
+    assert row["cost_usd"] is None
+    assert row["gen_ai.usage.input_tokens"] > 0

@@ -605,13 +605,6 @@ def test_the_clients_key_is_found(
     assert dialect.key(headers, query) == key
 
 
-def test_a_key_is_sent_as_each_dialect_takes_it() -> None:
-    assert OPENAI.authorization("k") == ("authorization", "Bearer k")
-    assert RESPONSES.authorization("k") == ("authorization", "Bearer k")
-    assert ANTHROPIC.authorization("k") == ("x-api-key", "k")
-    assert GEMINI.authorization("k") == ("x-goog-api-key", "k")
-
-
 # --- hostile requests ----------------------------------------------------------------------------
 
 ODD_VALUES: list[Any] = [None, True, 0, -1.5, "", "odd", [], ["odd"], [[]], {}, {"type": "text"}]

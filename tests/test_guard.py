@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
 from collections.abc import Iterator
@@ -63,6 +64,14 @@ def test_no_key_is_found_in_flows_store_or_log(up: Upstream, tmp_path: Path) -> 
             )
             assert echoed.status_code == 401
             assert PLANTED not in echoed.text, "our key is not the client's to see"
+            up.echo_key = False
+            up.keys.clear()
+            told = Reply(status=401, error=f"bad key {PLANTED}", framing=Framing(gzip="whole"))
+            up.script("*/chat/completions", told)
+            squeezed = client.post("/v1/chat/completions", json=body, headers=headers)
+            assert squeezed.headers["content-encoding"] == "gzip"
+            assert "bad key" in squeezed.text
+            assert PLANTED not in squeezed.text
             up.default = Reply(framing=Framing(abort=Abort()))
             client.post("/v1/chat/completions", json=body | {"stream": True}, headers=headers)
         with proxy.client() as client:
@@ -95,6 +104,8 @@ def test_a_flow_still_open_when_the_proxy_stops_is_saved_without_keys(
     go_on = threading.Event()
     saved = tmp_path / "flows.mitm"
     up.default = Reply(text="word " * 50, framing=Framing(hang=go_on, hang_after=5))
+    up.script("*/models", Reply(framing=Framing(hang=go_on)))
+    waiting = threading.Thread(target=lambda: _list_models(proxy), daemon=True)
     try:
         with Proxy(tmp_path, up, arguments=["-w", str(saved)]) as proxy:
             with (
@@ -106,6 +117,8 @@ def test_a_flow_still_open_when_the_proxy_stops_is_saved_without_keys(
                 ) as answer,
             ):
                 next(answer.iter_bytes())
+                waiting.start()  # no exchange, and our key is in it all the same
+                up.wait_for(lambda provider: provider.count == 2)
                 assert proxy.stop() == 0
             row = proxy.row(1)
     finally:
@@ -114,6 +127,11 @@ def test_a_flow_still_open_when_the_proxy_stops_is_saved_without_keys(
     assert row["gen_ai.usage.output_tokens"] > 0
     assert saved.stat().st_size > 500
     assert PLANTED.encode() not in saved.read_bytes()
+
+
+def _list_models(proxy: Proxy) -> None:
+    with proxy.base_client() as client, contextlib.suppress(httpx.TransportError):
+        client.get("/moonshot/v1/models")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "0.0.0.0", "127.1.2.3"])
@@ -213,3 +231,50 @@ def test_a_clients_own_key_goes_to_its_own_provider_only(
         assert up.count == 0
         assert "anthropic" in answer.json()["error"]["message"]
         assert "ANTHROPIC_TEST_KEY" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("key", "passes"),
+    [
+        ("sk-moonshots-or-whoever", True),  # `sk-` begins the keys of several providers
+        ("a-key-without-a-form", True),
+        ("sk-ant-api03-anthropics", False),
+        ("AIza-googles-key", True),  # these rules know no such form
+    ],
+)
+def test_a_key_of_another_providers_form_stays_behind_whatever_the_path_says(
+    up: Upstream, tmp_path: Path, key: str, passes: bool
+) -> None:
+    with (
+        Proxy(tmp_path, up, environment={"PLANTED_KEY": ""}) as proxy,
+        proxy.base_client() as client,
+    ):
+        headers = {"authorization": f"Bearer {key}", "x-api-key": "sk-or-another", "cookie": "a=b"}
+        chat = client.post(
+            "/moonshot/v1/chat/completions?key=AIza-too",
+            json={"model": "kimi-k2-turbo", "messages": HELLO},
+            headers=headers,
+        )
+        listed = client.get("/moonshot/v1/models?key=AIza-too", headers={"x-api-key": key})
+    assert [chat.status_code, listed.status_code] == ([200, 200] if passes else [401, 401])
+    for sent in up.requests:
+        assert sent.key == key
+        assert sent.query == ""
+        assert sent.header("x-api-key") is None
+        assert sent.header("cookie") is None
+
+
+def test_a_key_that_is_no_utf_8_is_a_key_like_any_other(up: Upstream, tmp_path: Path) -> None:
+    with Proxy(tmp_path, up) as proxy:
+        body = b'{"model": "kimi-k2", "messages": []}'
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{proxy.port}\r\n"
+        with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as connection:
+            connection.sendall(
+                head.encode()
+                + b"Authorization: Bearer abc\xff\r\nContent-Length: %d\r\n\r\n" % len(body)
+                + body
+            )
+            assert connection.recv(4000).startswith(b"HTTP/1.1 200")
+        row = proxy.row(1)
+    assert up.requests[-1].key == PLANTED
+    assert row["status"] == 200

@@ -35,6 +35,15 @@ class Deaf:
     """An addon without a handler."""
 
 
+class _Lookalike:
+    """An addon with an attribute that is named like an event."""
+
+    request = "not callable"
+
+    def __repr__(self) -> str:
+        return "Lookalike"
+
+
 def _raise(error: Exception) -> Callable[[], None]:
     def does() -> None:
         raise error
@@ -80,8 +89,16 @@ def _nested(calls: Calls) -> list[Any]:
         lambda calls: [Plain("a", calls, _raise(exceptions.AddonHalt())), Plain("b", calls)],
         lambda calls: [Plain("a", calls, _raise(RuntimeError("oh"))), Plain("b", calls)],
         _nested,
+        lambda calls: [_Lookalike(), Plain("a", calls)],
     ],
-    ids=["some without a handler", "a coroutine", "a halt", "an error", "a script's children"],
+    ids=[
+        "some without a handler",
+        "a coroutine",
+        "a halt",
+        "an error",
+        "a script's children",
+        "an attribute that is no handler",
+    ],
 )
 def test_the_same_handlers_are_called_as_without(
     make: Callable[[Calls], list[Any]], caplog: pytest.LogCaptureFixture

@@ -27,9 +27,9 @@ class Balancer:
         self, match: Match, targets: tuple[Target, ...], session: str, sticky: bool
     ) -> Target:
         """Return one of `targets`, which are the usable ones of `match`."""
+        self._learn()
         if len(targets) == 1:
             return targets[0]
-        self._learn()
         key = (session, match.model)
         if sticky and session and (held := self._chosen.get(key)):
             for target in targets:

@@ -158,6 +158,8 @@ class Exchange:
 
     reply: Reply = field(default_factory=Reply)
     partial: bool = False
+    unread: bool = False
+    """The reply could not be decoded: what it held is not known."""
     blocked: str = ""
     """Why we refused it, when we did."""
     status: int | None = None

@@ -80,7 +80,7 @@ class Suite:
         self.steps: dict[str, list[tuple[int, Any, Callable[..., Any]]]] = {}
         self.members: list[Any] = []
         self.live: WeakSet[http.HTTPFlow] = WeakSet()
-        """The flows whose exchange has not ended."""
+        """The flows that have not ended, whether or not they carry an exchange."""
         self._wanted: str | None = None
         self._rules: RulesFile | None = None
         self._next_look = 0.0
@@ -204,7 +204,7 @@ def leave(addon: Any) -> Awaitable[None]:
 
 
 async def _end_and_leave(addon: Any) -> None:
-    for flow, _ in live_exchanges():
+    for flow in list(suite().live):  # those that carry no exchange may carry a key
         flow.error = flow.error or Error("kimi-proxy stopped")
         _run("error", flow)
     if _busy:
@@ -271,12 +271,14 @@ class _State:
         "malformed",
         "pipe",
         "read",
+        "replays",
         "secrets",
         "stages",
         "us",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, replays: int = 0) -> None:
+        self.replays = replays
         self.done: set[str] = set()
         self.read = False
         self.us = False
@@ -325,14 +327,14 @@ def step(rank: Rank) -> Callable[[Handler], Handler]:
 def _run(event: str, flow: http.HTTPFlow) -> Awaitable[None] | None:
     state = _state(flow)
     if event == "request" and state.ended:  # the user replays the flow
-        state = vars(flow)[_STATE] = _State()
+        state = vars(flow)[_STATE] = _State(state.replays + 1)
     if event in state.done:
         return None
     state.done.add(event)
     steps = suite().steps.get(event, ())
     running = _steps(event, flow, state, iter(steps))
     if event == "request" and len(flow.request.raw_content or b"") > _IN_THREAD_BYTES:
-        return _slowly(running, lambda: _read(flow, state))
+        return _slowly(running, lambda: _read_all(flow, state))
     if event == "response" and len((flow.response and flow.response.raw_content) or b"") > (
         _IN_THREAD_BYTES
     ):
@@ -365,7 +367,7 @@ def _steps(
     steps: Iterator[tuple[int, Any, Callable[..., Any]]],
 ) -> Iterator[Awaitable[None]]:
     if event == "request":
-        _read(flow, state)
+        _read_safely(flow, state)
     elif event == "response":
         drain(flow)
     elif event == "error" and state.pipe is not None and flow.response is not None:
@@ -373,6 +375,7 @@ def _steps(
         flow.response.data.content = state.pipe.content  # what came, for mitmweb to show
     if event in ("response", "error"):
         state.ended = True
+        suite().live.discard(flow)
         if state.exchange is not None:
             _end(flow, state, state.exchange)
     for _, addon, handler in steps:
@@ -503,10 +506,27 @@ def live_exchanges() -> list[tuple[http.HTTPFlow, Exchange]]:
     ]
 
 
+def _read_safely(flow: http.HTTPFlow, state: _State) -> None:
+    """Read the request; one that we fail to read is one that cannot be read."""
+    try:
+        _read(flow, state)
+    except Exception as error:
+        logger.warning("%s: the request cannot be read: %s", flow.id, type(error).__name__)
+        state.malformed = f"kimi-proxy failed to read it ({type(error).__name__})"
+
+
+def _read_all(flow: http.HTTPFlow, state: _State) -> None:
+    """Read a large request, in a thread, as far as the steps will ask."""
+    _read_safely(flow, state)
+    if state.exchange is not None:
+        suite().sessions.look(state.exchange)
+
+
 def _read(flow: http.HTTPFlow, state: _State) -> None:
     if state.read:
         return
     state.read = True
+    suite().live.add(flow)
     state.us = addressed_to_us(flow)
     # One pass over the raw fields: a look-up in mitmproxy's Headers takes microseconds.
     sent = state.headers
@@ -518,7 +538,11 @@ def _read(flow: http.HTTPFlow, state: _State) -> None:
     if not state.us and not is_llm_host(flow.request.host):
         return
     call = state.call = dialects.match(flow.request.method, flow.request.path)
-    if call is None or call.operation == "models":
+    if call is None:
+        return
+    query = dict(flow.request.query.fields) if "key=" in flow.request.path else {}
+    if call.operation == "models":  # of any dialect
+        state.key = dialects.ANTHROPIC.key(sent, {}) or dialects.GEMINI.key(sent, query)
         return
     try:
         body = flow.request.content or b""
@@ -530,10 +554,10 @@ def _read(flow: http.HTTPFlow, state: _State) -> None:
     except NotJSON as error:
         state.malformed = str(error)
         return
-    query = dict(flow.request.query.fields) if "key=" in flow.request.path else {}
     key = state.key = call.dialect.key(sent, query)
     found = Exchange(
-        id=flow.id,
+        # A replayed flow is billed again, and is an exchange of its own.
+        id=f"{flow.id}-{state.replays}" if state.replays else flow.id,
         dialect=call.dialect,
         operation=call.operation,
         document=document,
@@ -542,17 +566,17 @@ def _read(flow: http.HTTPFlow, state: _State) -> None:
         for_us=state.us,
         headers=own,
         client=sent.get("user-agent", "").partition(" ")[0][:80],
-        client_key_hash=hashlib.sha256(key.encode()).hexdigest()[:16] if key else "",
+        client_key_hash=hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        if key
+        else "",
         request_bytes=len(body),
     )
     found.model = call.dialect.model(document, call.model)
     found.stream = call.dialect.streams(document, flow.request.path)
     state.exchange = found
-    suite().live.add(flow)
 
 
 def _end(flow: http.HTTPFlow, state: _State, ended: Exchange) -> None:
-    suite().live.discard(flow)
     ended.ended = time.perf_counter()
     ended.status = flow.response.status_code if flow.response else None
     if state.pipe is not None:
@@ -595,6 +619,8 @@ def addressed_to_us(flow: http.HTTPFlow) -> bool:
 def is_our_host(host: str, listening: str = "") -> bool:
     """Tell whether `host` is this machine's loopback or the address a client connected to."""
     host = host.strip("[]").lower().rstrip(".")
+    if not host:
+        return False
     if host == "localhost" or host.endswith(".localhost") or host == listening.lower():
         return True
     try:
@@ -717,6 +743,7 @@ def drain(flow: http.HTTPFlow) -> None:
     try:
         body = response.content or b""
     except ValueError:
+        state.exchange.unread = True
         return
     try:
         out = whole(flow.id, state.stages, body)

@@ -46,7 +46,7 @@ class Pipe:
         self._broken = False
         self._over = False
         self._decode = _decoder(encoding)
-        self._broken = self._decode is None
+        self._broken = of.unread = self._decode is None
         self.edits = not self._broken and any(not stage.reads_only for stage in stages)
         """What leaves is not what came: its length is not known, and no coding is left on it."""
 
@@ -66,7 +66,7 @@ class Pipe:
                 type(error).__name__,
                 "it ends here" if self.edits else "it passes as it is",
             )
-            self._broken = True
+            self._broken = self._exchange.unread = True
             # The header that says how to decode it may be gone by now.
             return self._keep(self._finish("the provider's stream") if self.edits else [data])
         out = self._through(events)

@@ -68,6 +68,12 @@ class Sessions:
                 client=exchange.client or None,
             )
 
+    def look(self, exchange: Exchange) -> None:
+        """Do in a thread what `assign` would do to a large request on the event loop."""
+        given = context(exchange)
+        for index in range(min(len(given), 2)):
+            self._counter.role(given.dialect, given.message(index))
+
     def _find(self, exchange: Exchange) -> tuple[str, Source]:
         if named := _printable(exchange.headers.get("x-kimi-session", "")):
             return named, "header"

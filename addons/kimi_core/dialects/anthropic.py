@@ -69,9 +69,6 @@ class Anthropic(Dialect):
     def key(self, headers: Mapping[str, str], query: Mapping[str, str]) -> str:
         return headers.get("x-api-key", "") or super().key(headers, query)
 
-    def authorization(self, key: str) -> tuple[str, str]:
-        return "x-api-key", key
-
     def error(self, status: int, message: str, type: str = "") -> bytes:
         type_ = type or ERROR_TYPES.get(status, "api_error")
         return encode({"type": "error", "error": {"type": type_, "message": message}})

@@ -122,10 +122,6 @@ class Dialect(ABC):
         scheme, _, token = headers.get("authorization", "").partition(" ")
         return token.strip() if scheme.lower() == "bearer" else ""
 
-    def authorization(self, key: str) -> tuple[str, str]:
-        """Return the header by which this dialect's providers take a key."""
-        return "authorization", f"Bearer {key}"
-
 
 class ReplyReader(ABC):
     """Reads one reply into a Reply: `feed` takes a whole body or one event's payload."""

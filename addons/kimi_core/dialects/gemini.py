@@ -96,9 +96,6 @@ class Gemini(Dialect):
             headers.get("x-goog-api-key", "") or query.get("key", "") or super().key(headers, query)
         )
 
-    def authorization(self, key: str) -> tuple[str, str]:
-        return "x-goog-api-key", key
-
     def error(self, status: int, message: str, type: str = "") -> bytes:
         name = type or _STATUS.get(status, "INTERNAL")
         return encode({"error": {"code": status, "message": message, "status": name}})
