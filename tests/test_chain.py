@@ -218,7 +218,7 @@ def test_a_base_url_over_tls(chain: Proxy, up: Upstream) -> None:
 
 
 @pytest.mark.parametrize("http2", [False, True])
-def test_the_openai_sdk_by_https_proxy(
+def test_a_client_by_https_proxy_on_either_http_version(
     chain: Proxy, up: Upstream, rows_before: int, http2: bool
 ) -> None:
     up.default = Reply(text="via proxy", usage=TokenUsage(input=11, output=2))
@@ -234,6 +234,71 @@ def test_the_openai_sdk_by_https_proxy(
     row = chain.row(rows_before + 1)
     assert row["gen_ai.provider.name"] == "openai"
     assert row["cost_usd"] == pytest.approx((11 * 2.5 + 2 * 10) / 1e6)
+
+
+@pytest.fixture
+def proxied(chain: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment that `kimi-proxy run` and the README give to a client."""
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, chain.url)
+    for name in ("NO_PROXY", "no_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+        monkeypatch.setenv(name, str(chain.ca_file))
+
+
+@pytest.mark.usefixtures("proxied")
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("sdk", ["openai", "responses", "anthropic", "google"])
+def test_the_sdks_by_https_proxy(
+    chain: Proxy, up: Upstream, rows_before: int, sdk: str, stream: bool
+) -> None:
+    up.default = Reply(text="through the tunnel", usage=TokenUsage(input=21, output=4))
+    key = "the-clients-own-key"
+    said = ""
+    if sdk == "openai":
+        chat = openai.OpenAI(api_key=key, max_retries=0).chat.completions
+        if stream:
+            options: Any = {"include_usage": True}
+            for chunk in chat.create(
+                model="gpt-4o", messages=HELLO, stream=True, stream_options=options
+            ):
+                said += (chunk.choices[0].delta.content or "") if chunk.choices else ""
+        else:
+            said = chat.create(model="gpt-4o", messages=HELLO).choices[0].message.content or ""
+    elif sdk == "responses":
+        responses = openai.OpenAI(api_key=key, max_retries=0).responses
+        if stream:
+            for event in responses.create(model="gpt-4o", input="hi", stream=True):
+                said += event.delta if event.type == "response.output_text.delta" else ""
+        else:
+            said = responses.create(model="gpt-4o", input="hi").output_text
+    elif sdk == "anthropic":
+        messages = anthropic.Anthropic(api_key=key, max_retries=0).messages
+        if stream:
+            with messages.stream(
+                model="claude-sonnet-4-5", max_tokens=9, messages=HELLO
+            ) as streamed:
+                said = "".join(streamed.text_stream)
+        else:
+            created = messages.create(model="claude-sonnet-4-5", max_tokens=9, messages=HELLO)
+            said = created.content[0].text
+    else:
+        google = genai.Client(api_key=key)  # closes itself when nobody holds it
+        if stream:
+            for piece in google.models.generate_content_stream(
+                model="gemini-2.5-pro", contents="hi"
+            ):
+                said += piece.text or ""
+        else:
+            said = google.models.generate_content(model="gemini-2.5-pro", contents="hi").text or ""
+    assert said == "through the tunnel"
+    assert up.requests[-1].key == key
+    row = chain.row(rows_before + 1)
+    assert (row["gen_ai.usage.input_tokens"], row["gen_ai.usage.output_tokens"]) == (21, 4)
+    assert row["input_source"] == "usage"
+    assert row["cost_usd"] > 0
+    assert row["gen_ai.request.stream"] == int(stream)
 
 
 def test_a_model_that_no_rule_names_leaves_as_it_came(chain: Proxy, up: Upstream) -> None:
