@@ -12,7 +12,15 @@ import pytest
 from proxy import Proxy
 from upstream import Reply, TokenUsage, Upstream
 
-ALL = ("guard.py", "router.py", "counter.py", "recorder.py", "stats.py", "views.py")
+ALL = (
+    "hook_cache.py",
+    "guard.py",
+    "router.py",
+    "counter.py",
+    "recorder.py",
+    "stats.py",
+    "views.py",
+)
 BODY = (
     b'{"model": "bare",\n "stream": %s, "n": 1.0e2,'
     b' "messages": [{"role":"user","content":"\\u0041"}]}'
