@@ -30,6 +30,7 @@ from tornado.iostream import StreamClosedError
 
 from kimi_core import export, flows
 from kimi_core.flows import Rank
+from kimi_core.report import gauge
 from kimi_core.rules import Provider, Rules
 from kimi_core.store import Store, StoreError
 
@@ -699,24 +700,6 @@ class _Download(io.RawIOBase):
 
 
 # --- rows and rules as JSON -------------------------------------------------------------------
-
-
-def gauge(session: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how full a session's context is; null what is not known.
-
-    Green, yellow from 50 %, red from 80 %.
-    """
-    tokens, window = session["context_tokens"], session["context_window"]
-    if tokens is None or not window:
-        return {"tokens": tokens, "window": window, "percentage": None, "color": None}
-    used = tokens / window
-    color = "red" if used >= 0.8 else "yellow" if used >= 0.5 else "green"
-    return {
-        "tokens": tokens,
-        "window": window,
-        "percentage": round(100 * used, 1),
-        "color": color,
-    }
 
 
 def _with_gauge(session: Mapping[str, Any]) -> dict[str, Any]:

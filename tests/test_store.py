@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from sqlite_utils import Database
 
+from kimi_core import places
 from kimi_core import store as store_module
 from kimi_core.export import write_csv, write_json
 from kimi_core.store import (
@@ -27,7 +28,6 @@ from kimi_core.store import (
     Store,
     StoreError,
     StoreReader,
-    default_store_path,
     release,
     shared,
 )
@@ -1022,7 +1022,7 @@ def test_folder_and_files_are_private(make: Callable[..., Store]) -> None:
 
 def test_the_default_path_follows_xdg(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", "/var/state")
-    assert default_store_path() == Path("/var/state/kimi-proxy/kimi.db")
+    assert places.store() == Path("/var/state/kimi-proxy/kimi.db")
     monkeypatch.setenv("XDG_STATE_HOME", "relative")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert default_store_path() == Path("/home/someone/.local/state/kimi-proxy/kimi.db")
+    assert places.store() == Path("/home/someone/.local/state/kimi-proxy/kimi.db")

@@ -34,7 +34,7 @@ from mitmproxy import ctx, exceptions, http
 from mitmproxy.addonmanager import Loader
 from mitmproxy.flow import Error
 
-from kimi_core import dialects, store
+from kimi_core import dialects, places, store
 from kimi_core.dialects import Call
 from kimi_core.document import Document, NotJSON
 from kimi_core.exchange import Exchange
@@ -110,7 +110,7 @@ class Suite:
     @property
     def store(self) -> store.Store:
         if self._store is None:
-            path = ctx.options.kimi_store or str(store.default_store_path())
+            path = ctx.options.kimi_store or str(places.store())
             self._store = store.shared(Path(path).expanduser())
         return self._store
 
@@ -234,7 +234,7 @@ def defaults() -> None:
     options = ctx.options
     wanted: dict[str, Any] = {
         "connection_strategy": "lazy",  # "eager" dials before we know where to
-        "confdir": str(confdir()),
+        "confdir": str(places.confdir()),
         # mitmproxy 12 may have begun to listen by now; Guard then turns other hosts away.
         "listen_host": LOOPBACK,
     }
@@ -242,14 +242,6 @@ def defaults() -> None:
         must = name == "connection_strategy"
         if name in options and (must or not options.has_changed(name)):
             options.update(**{name: value})
-
-
-def confdir() -> Path:
-    """Return where the suite keeps its CA: `certs/` of the checkout, else the state directory."""
-    checkout = Path(__file__).resolve().parents[2]
-    if (checkout / "pyproject.toml").is_file():
-        return checkout / "certs"
-    return store.default_store_path().parent / "certs"
 
 
 # --- steps ----------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from sqlite_utils import Database
 
 from kimi_core import store_batch
 from kimi_core.store_batch import Row, Value
-from kimi_core.store_read import StoreReader, default_store_path
+from kimi_core.store_read import StoreReader
 from kimi_core.store_schema import (
     ATTEMPT_COLUMNS,
     EXCHANGE_COLUMNS,
@@ -45,7 +45,6 @@ __all__ = [
     "Store",
     "StoreError",
     "StoreReader",
-    "default_store_path",
     "release",
     "shared",
 ]

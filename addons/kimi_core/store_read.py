@@ -40,18 +40,6 @@ _SUMS = {
 }
 
 
-def default_store_path() -> Path:
-    """Return where the store is unless an option says otherwise.
-
-    "All paths set in these environment variables must be absolute. If an implementation encounters
-    a relative path [...] it should consider the path invalid and ignore it."
-    -- https://specifications.freedesktop.org/basedir-spec/latest/
-    """
-    state = os.environ.get("XDG_STATE_HOME", "")
-    base = Path(state) if os.path.isabs(state) else Path("~/.local/state").expanduser()
-    return base / "kimi-proxy" / "kimi.db"
-
-
 class StoreReader:
     """Read access to the database at `path`, whoever writes it.
 
