@@ -16,20 +16,11 @@ from mitmproxy.proxy.layer import NextLayer
 
 from kimi_core import flows
 from kimi_core.flows import Rank
+from kimi_core.keys import SECRET_HEADERS
 
 logger = logging.getLogger(__name__)
 
 REDACTED = b"***"
-SECRET_HEADERS = frozenset(
-    (
-        b"authorization",
-        b"proxy-authorization",
-        b"x-api-key",
-        b"x-goog-api-key",
-        b"api-key",
-        b"cookie",
-    )
-)
 _KEY_IN_QUERY = re.compile(r"(?<=[?&])((?:api_)?key|access_token)=[^&]*")
 _TLS_HANDSHAKE = 0x16
 

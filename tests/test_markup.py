@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kimi_core.markup import K2, Tools, grammar_of, thinks
+from kimi_core.markup import GRAMMARS, K2, Tools, grammar_of, thinks
 from kimi_core.markup.scanner import HOLD_BYTES, MAX_MENDS, Channel
 
 SECTION, SECTION_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
@@ -809,3 +809,47 @@ def test_no_schema_makes_the_proxy_stand_still() -> None:
     assert tools.by_arguments(json.dumps({"x": "a" * 60 + "!"})) == ""
     tools = Tools({"evil": evil, "other": {"required": ["y"]}})
     assert tools.by_arguments(json.dumps({"x": "a" * 60 + "!"})) == "evil"
+
+
+PASSING = (
+    *("text", "abc def ", " ", "\n", "é", "<", "`", "```\n", "(no content)", "noop:1", "argument"),
+    *("<think>", "</think>", "<|tool_call_begin|>", "functions.noop:0", '{"k": 1}'),
+    *("<|tool_call_argument_begin|>", "<|tool_call_end|>", "<|tool_calls_section_begin|>"),
+    *("<|open|>think<|sep|>", "<|close|>think<|sep|>", "<|open|>response<|sep|>"),
+    *("<|close|>response<|sep|>", "<|open|>tools<|sep|>", "<|close|>tools<|sep|>"),
+)
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS)
+@given(
+    thought=st.lists(st.sampled_from(PASSING), max_size=6),
+    said=st.lists(st.sampled_from(PASSING), max_size=10),
+    undecided=st.booleans(),
+)
+def test_a_piece_that_passes_is_what_would_have_come_out(
+    grammar: str, thought: list[str], said: list[str], undecided: bool
+) -> None:
+    def read(fast: bool) -> tuple[str, str, object]:
+        scanner = GRAMMARS[grammar](Tools({"noop": None}), undecided=undecided)
+        texts: dict[Channel, str] = {"reasoning": "", "content": ""}
+        pieces: list[tuple[Channel, str]] = [("reasoning", piece) for piece in thought]
+        for channel, piece in [*pieces, *(("content", piece) for piece in said)]:
+            if fast and scanner.passes(channel, piece):
+                texts[channel] += piece
+            else:
+                scanner.feed(channel, piece)
+                for out, text in scanner.out:
+                    texts[out] += text
+                scanner.out.clear()
+        scanner.end()
+        for out, text in scanner.out:
+            texts[out] += text
+        return texts["reasoning"], texts["content"], scanner.calls
+
+    assert read(True) == read(False)
+
+
+def test_a_response_that_a_host_takes_for_thinking_does_not_pass_as_thinking() -> None:
+    scanner = GRAMMARS["kimi-k3"](Tools({}))
+    scanner.feed("reasoning", "So.<|open|>response<|sep|>Yes")
+    assert not scanner.passes("reasoning", " indeed")

@@ -14,6 +14,7 @@ from kimi_core.enforcement.chat import EnforceChat
 from kimi_core.enforcement.messages import EnforceMessages
 from kimi_core.enforcement.turn import Enforcement
 from kimi_core.exchange import Attempt, Exchange
+from kimi_core.keys import SECRET_HEADERS
 from kimi_core.pipe import Pipe, StageFailed, decoder, whole
 from kimi_core.relay import Client, Job, Request, Response, UpstreamFailed, Writer
 from kimi_core.sse import SSE
@@ -153,12 +154,9 @@ def _headers(response: Response) -> list[tuple[bytes, bytes]]:
     return [field for field in response.headers if field[0].lower() not in gone]
 
 
-_KEYS = (b"authorization", b"x-api-key", b"x-goog-api-key", b"api-key", b"cookie")
-
-
 def _secrets(request: Request) -> list[bytes]:
     """Return the keys that a request carries."""
-    sent = [value for name, value in request.headers if name.lower() in _KEYS]
+    sent = [value for name, value in request.headers if name.lower() in SECRET_HEADERS]
     return [secret for value in sent if len(secret := value.rpartition(b" ")[2]) >= 8]
 
 

@@ -53,8 +53,6 @@ class K2(Scanner):
         super().__init__(tools, undecided=undecided)
         self._mode: Mode = "text"
         self._opened = False  # a block of thinking was, by a tag that no other has closed
-        self._section = False
-        self._dropped: list[bytes] = []
         self._last_dropped = b""
         # A call in code counts only if it is well formed and its tool is declared: until then its
         # text stays in the buffer, from here to there, and may be text after all.
@@ -74,7 +72,8 @@ class K2(Scanner):
     def _engaged(self) -> bool:
         return self._mode != "text" and self._trial is None
 
-    def _waits(self, text: bytes) -> bool:
+    def _reads(self, text: bytes) -> bool:
+        # It may end with a header whose begin marker was left out.
         return self.tools.header_begins_at(text, len(text), self._last) < len(text)
 
     def _run(self, final: bool) -> None:
@@ -93,12 +92,6 @@ class K2(Scanner):
                     going = self._read_arguments(final)
                 case "after":
                     going = self._read_after(final)
-
-    def _finish(self) -> None:
-        # What stands in a section outside of calls is noise, unless it is all there is.
-        if self._section and not self.calls and not self._said:
-            self._thinking = False
-            self._emit("content", b"".join(self._dropped).strip())
 
     # -- outside of markup
 

@@ -136,8 +136,6 @@ class K3(Scanner):
     def __init__(self, tools: Tools, *, undecided: bool = False) -> None:
         super().__init__(tools, undecided=undecided)
         self._mode: Mode = "text"
-        self._section = False
-        self._dropped: list[bytes] = []
         self._opened = False  # a block of thinking, which a call may have interrupted
         self._responding = False
         self._quoted: Counter[str] = Counter()  # what was opened in code, and is text
@@ -163,6 +161,9 @@ class K3(Scanner):
     def _engaged(self) -> bool:
         return self._mode != "text" and self._trial is None
 
+    def _reads(self, text: bytes) -> bool:
+        return self._responding and self._channel == "reasoning"  # `_emit` moves it
+
     def _run(self, final: bool) -> None:
         going = True
         while going:
@@ -177,12 +178,6 @@ class K3(Scanner):
                     going = self._read_call(final)
                 case "value":
                     going = self._read_value(final)
-
-    def _finish(self) -> None:
-        # What stands in a section outside of calls is noise, unless it is all there is.
-        if self._section and not self.calls and not self._said:
-            self._thinking = False
-            self._emit("content", b"".join(self._dropped).strip())
 
     def _switch(self, channel: Channel) -> None:
         super()._switch(channel)

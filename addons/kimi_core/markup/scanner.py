@@ -94,6 +94,8 @@ class Scanner(ABC):
         self._code: dict[Channel, Code] = {"reasoning": Code(), "content": Code()}
         self._leading: dict[Channel, bytes | None] = {"reasoning": b"", "content": b""}
         self._said = False
+        self._section = False  # a section of calls is open
+        self._dropped: list[bytes] = []  # what stands in it outside of calls
 
     def feed(self, channel: Channel, text: str) -> None:
         """Take the next piece of a channel."""
@@ -116,16 +118,16 @@ class Scanner(ABC):
         if self._thinking or self._leading[channel] is not None or "<" in text:
             return False
         raw = text.encode("utf-8", "surrogatepass")
-        if not raw or self._waits(raw):
+        if not raw or self._reads(raw):
             return False
         self._code[channel].note(raw)
         self._last = raw[-1]
         self._said = self._said or (channel == "content" and not text.isspace())
         return True
 
-    def _waits(self, text: bytes) -> bool:
-        """Tell whether a text without "<" may end with the beginning of markup."""
-        return False
+    @abstractmethod
+    def _reads(self, text: bytes) -> bool:
+        """Tell whether a text must be read though it has no "<", outside of all markup."""
 
     def end(self, *, cut: bool = False) -> None:
         """The turn is over; `cut`: its length was limited, so that a call may not be whole."""
@@ -163,8 +165,11 @@ class Scanner(ABC):
     def _run(self, final: bool) -> None:
         """Read the buffer as far as can be; with `final`, nothing more comes."""
 
-    def _finish(self) -> None:  # noqa: B027 - most grammars have nothing left to do
-        """Do what remains after the last text."""
+    def _finish(self) -> None:
+        # What stands in a section outside of calls is noise, unless it is all there is.
+        if self._section and not self.calls and not self._said:
+            self._thinking = False
+            self._emit("content", b"".join(self._dropped).strip())
 
     # -- text on its way out
 

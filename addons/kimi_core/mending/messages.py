@@ -15,7 +15,7 @@ from kimi_core.document import Document, NotJSON, Shape, decode, encode, splice
 from kimi_core.exchange import ToolCall
 from kimi_core.markup.scanner import Channel
 from kimi_core.mending import ids
-from kimi_core.mending.turn import Scanners, Turn
+from kimi_core.mending.turn import Scanners, Turn, is_object
 from kimi_core.sse import SSE, Event
 from kimi_core.stages import StageRank
 
@@ -569,12 +569,7 @@ class MendMessages:
 
 def object_text(arguments: str) -> str:
     """Return a call's arguments as the text of a JSON object, which Anthropic's `input` must be."""
-    try:
-        if isinstance(decode(arguments.encode("utf-8", "surrogatepass")), dict):
-            return arguments
-    except NotJSON:
-        pass
-    return json_text({"_raw": arguments})
+    return arguments if is_object(arguments) else json_text({"_raw": arguments})
 
 
 def _taken(turn: Turn) -> list[Piece]:

@@ -115,7 +115,7 @@ class Turn:
             calls.append(ToolCall(one.name, one.arguments, id))
         self.ids = [*(call.id for call in self.native), *(call.id for call in calls)]
         said = [*(call.text for call in self.native), *(call.arguments for call in calls)]
-        self.complete = all(map(_is_object, said))
+        self.complete = all(map(is_object, said))
         return calls
 
     def _repaired(self, name: str) -> str:
@@ -164,7 +164,8 @@ def arguments_text(value: Any) -> str:
     return value if isinstance(value, str) else "" if value is None else json_text(value)
 
 
-def _is_object(arguments: str) -> bool:
+def is_object(arguments: str) -> bool:
+    """Tell whether a call's arguments are the text of a JSON object."""
     try:
         return isinstance(decode(arguments.encode("utf-8", "surrogatepass")), dict)
     except NotJSON:

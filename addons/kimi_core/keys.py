@@ -1,0 +1,12 @@
+"""The headers in which clients and providers carry what nobody else may see."""
+
+SECRET_HEADERS = frozenset(
+    (
+        b"authorization",
+        b"proxy-authorization",
+        b"x-api-key",
+        b"x-goog-api-key",
+        b"api-key",
+        b"cookie",
+    )
+)
