@@ -116,7 +116,9 @@ def test_a_flow_still_open_when_the_proxy_stops_is_saved_without_keys(
                     json={"model": "kimi-k2", "stream": True, "messages": HELLO},
                 ) as answer,
             ):
-                next(answer.iter_bytes())
+                pieces, came = answer.iter_bytes(), b""
+                while b"word" not in came:
+                    came += next(pieces)
                 waiting.start()  # no exchange, and our key is in it all the same
                 up.wait_for(lambda provider: provider.count == 2)
                 assert proxy.stop() == 0
