@@ -36,7 +36,7 @@ class Enforcer:
         if flow.response or flow.error or exchange is None or exchange.operation != "chat":
             return
         # Without a route nobody sends it who would run a job.
-        if exchange.route is None or "x-kimi-bypass" in exchange.headers:
+        if exchange.route is None or flows.bypassed(flow):
             return
         said = _rule(flow, exchange)
         if said is None or not said.ensure_tool_call:

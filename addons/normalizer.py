@@ -60,6 +60,8 @@ class Normalizer:
         exchange = flows.exchange(flow)
         if exchange is None or flow.response or flow.error or not ctx.options.normalizer_mend:
             return
+        if flows.bypassed(flow):
+            return
         if exchange.operation != "chat" or exchange.dialect.name not in STAGES:
             return
         models = (exchange.route.model if exchange.route else "", exchange.model)

@@ -80,6 +80,11 @@ def context(exchange: Exchange) -> Context:
     return exchange.context
 
 
+def sent(exchange: Exchange) -> Context:
+    """Return the context that leaves: the client's, or what an editor made of it."""
+    return exchange.sent or context(exchange)
+
+
 def piece(unit: Unit) -> Piece:
     """Return a unit with its digest."""
     return Piece(unit, _digest(unit.raw))
@@ -130,7 +135,7 @@ class Counter:
 
     def missing(self, exchange: Exchange, model: str) -> int:
         """Return how many bytes of the request have not been counted for `model` yet."""
-        known = context(exchange)
+        known = sent(exchange)
         name = _reader(known.dialect, model)
         _, first = self._known(name, known)
         rest = known.heads + [known.message(index) for index in range(first, len(known))]
@@ -147,7 +152,7 @@ class Counter:
         longest known one is looked at.
         """
         _, per_request = tokens.message_overhead(model)
-        given = context(exchange)
+        given = sent(exchange)
         name = _reader(given.dialect, model)
         sums, first = self._known(name, given)
         for index in range(first, len(given)):
@@ -252,4 +257,4 @@ def _memory(text: str, tokenizer: tokens.Tokenizer) -> int:
     return sum(count for count in counted if count >= _MEMORY_TOKENS)
 
 
-__all__: Sequence[str] = ("Context", "Counter", "Piece", "context", "piece")
+__all__: Sequence[str] = ("Context", "Counter", "Piece", "context", "piece", "sent")

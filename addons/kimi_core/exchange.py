@@ -26,6 +26,9 @@ Provenance = Literal["usage", "tokenizer", "estimate", "calibrated"]
 MendKind = Literal[
     "tool_call", "thinking", "marker", "placeholder", "name", "id", "finish_reason", "dropped"
 ]
+SavingKind = Literal["reference", "cut", "compression"]
+SpendingKind = Literal["summary", "recall"]
+Rewrite = Literal["", "compression", "revocation", "flush"]
 
 CATEGORIES: tuple[Category, ...] = (
     "system",
@@ -115,6 +118,31 @@ class Mend:
     leaked: str
     became: str
     """Empty when it was taken out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """What was left out of one message of a request, and by what it can be had back."""
+
+    kind: SavingKind
+    message: int
+    """Which of the messages as they leave it stands in, from 0."""
+    tokens: int
+    """How many fewer tokens leave, by o200k, what stands in for them counted."""
+    hash: str
+    """Of the mask in the store, or of the summary."""
+    new: bool = False
+    """It was decided for this request; otherwise an earlier one left without it too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spending:
+    """What saving itself took of a model: a summary, or a recall's further request."""
+
+    kind: SpendingKind
+    input_tokens: int
+    output_tokens: int
+    cost_usd: float | None
 
 
 @dataclass(slots=True)
@@ -219,6 +247,12 @@ class Exchange:
     messages: int = 0
     cost_usd: float | None = None
     cost_source: str = ""
+    sent: Context | None = None
+    """The context as it leaves, where it is not the client's; read it with `context.sent`."""
+    savings: list[Saving] = field(default_factory=list)
+    spendings: list[Spending] = field(default_factory=list)
+    rewrite: Rewrite = ""
+    """Why what was sent before is sent in another way now, which voids the provider's cache."""
     saved_tokens: int = 0
     saved_usd: float = 0.0
     hide_usage: bool = False

@@ -62,8 +62,8 @@ class Rank(IntEnum):
     ROUTE = 10
     LIMIT = 20
     MEMORY = 30
-    MASK = 40
-    COMPRESS = 50
+    COMPRESS = 40
+    MASK = 50  # after it, so that no reference points at what a compression took out
     CACHE = 60
     ENFORCE = 70
     NORMALIZE = 75
@@ -196,6 +196,12 @@ def join(addon: Any, loader: Loader) -> None:
         typespec=Sequence[str],
         default=[],
         help="Further HOST or HOST:PORT names by which clients reach this proxy as a base URL.",
+    )
+    loader.add_option(
+        "kimi_bypass",
+        bool,
+        False,
+        "Edit no request and mend no reply; routing, keys and counting stay.",
     )
     defaults()
     members = suite()
@@ -506,6 +512,18 @@ def client_header(flow: http.HTTPFlow, name: str) -> str:
 def client_key(flow: http.HTTPFlow) -> str:
     """Return the key that the client sent, empty when it sent none."""
     return _state(flow).key
+
+
+def bypassed(flow: http.HTTPFlow) -> bool:
+    """Tell whether nothing may be edited: by the `x-kimi-bypass` header or by `kimi_bypass`.
+
+    Who may be asked, whose key is sent, and what is counted stay as they are.
+    """
+    found = exchange(flow)
+    said = found.headers.get("x-kimi-bypass") if found is not None else None
+    if said is not None:
+        return said.strip().lower() not in ("", "0", "false", "no", "off")
+    return bool(ctx.options.kimi_bypass)
 
 
 def change_headers(
