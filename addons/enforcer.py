@@ -6,9 +6,7 @@ from mitmproxy import http
 from mitmproxy.addonmanager import Loader
 
 from kimi_core import enforcement, flows
-from kimi_core.exchange import Exchange
 from kimi_core.flows import Rank
-from kimi_core.rules import Match
 from kimi_core.stages import StageRank
 
 
@@ -38,7 +36,7 @@ class Enforcer:
         # Without a route nobody sends it who would run a job.
         if exchange.route is None or flows.bypassed(flow):
             return
-        said = _rule(flow, exchange)
+        said = flows.rule(flow)
         if said is None or not said.ensure_tool_call:
             return
         max_attempts = flows.suite().rules.ensure_tool_call_max_attempts
@@ -73,16 +71,6 @@ class Enforcer:
         flow.metadata["kimi.attempts"] = len(exchange.attempts)
         if rejected := [one.rejected for one in exchange.attempts if one.rejected]:
             flow.metadata["kimi.rejected"] = ", ".join(rejected)
-
-
-def _rule(flow: http.HTTPFlow, exchange: Exchange) -> Match | None:
-    """Return what the rules say of the model, where the client itself sent it."""
-    rules = flows.suite().rules
-    if exchange.for_us:
-        addressed = rules.providers.get(exchange.path_provider)
-    else:
-        addressed = rules.providers_by_host(flow.request.host, flow.request.port)
-    return rules.about(exchange.model, addressed)
 
 
 addons = [Enforcer()]

@@ -443,7 +443,7 @@ def test_a_stage_that_fails_at_the_end_leaves_the_others_their_turn() -> None:
 def test_a_cut_reply_ends_each_stage_once_and_sends_nothing() -> None:
     stage = Stage(hold=1)
     pipe = piped(stage)
-    pipe(EVENTS[0] + b"data: half")
+    list(pipe(EVENTS[0] + b"data: half"))
     pipe.close()
     pipe.close()
     assert list(pipe(b"")) == []

@@ -7,7 +7,8 @@ costs only what is new in it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from operator import add
 from typing import NamedTuple
 
@@ -58,11 +59,21 @@ class Context:
             known or _new_digest(key, bytes(raw))
             for known, key, raw in zip(_digests.get_many(plain), plain, raws, strict=True)
         ]
-        hasher = xxhash.xxh3_128()
-        self.chains: list[bytes] = []
-        for digest in self.digests:
-            hasher.update(digest)
-            self.chains.append(hasher.digest())
+        self.chains = _chains(self.digests)
+
+    def replaced(self, messages: Mapping[int, bytes]) -> Context:
+        """Return the context with other JSON texts in the place of these messages."""
+        made = copy(self)
+        raws, made.digests = list(self._messages.raws), list(self.digests)
+        for index, raw in messages.items():
+            raws[index], made.digests[index] = raw, _digest(raw)
+        made._messages = self._messages._replace(raws=raws)
+        made.chains = _chains(made.digests)
+        return made
+
+    def raw(self, index: int) -> bytes | Raw:
+        """Return the JSON text of one message."""
+        return self._messages.raws[index]
 
     def message(self, index: int) -> Piece:
         """Return one message."""
@@ -70,6 +81,15 @@ class Context:
 
     def __len__(self) -> int:
         return len(self.chains)
+
+
+def _chains(digests: Iterable[bytes]) -> list[bytes]:
+    hasher = xxhash.xxh3_128()
+    chains: list[bytes] = []
+    for digest in digests:
+        hasher.update(digest)
+        chains.append(hasher.digest())
+    return chains
 
 
 def context(exchange: Exchange) -> Context:
@@ -129,7 +149,7 @@ class Counter:
         key = (dialect.name, piece.digest)
         role = self._roles.get(key)
         if role is None:
-            role = _read(dialect, piece.unit).role
+            role = read(dialect, piece.unit).role
             self._roles.put(key, role)
         return role
 
@@ -183,7 +203,7 @@ class Counter:
         counts = self._counts.get(key)
         if counts is None:
             per_message, _ = tokens.message_overhead(model)
-            counts = _count(_read(dialect, piece.unit), piece.unit, model, per_message)
+            counts = _count(read(dialect, piece.unit), piece.unit, model, per_message)
             self._counts.put(key, counts)
         return counts
 
@@ -200,7 +220,8 @@ def _reader(dialect: Dialect, model: str) -> str:
     return f"{dialect.name} {model}"
 
 
-def _read(dialect: Dialect, unit: Unit) -> Message:
+def read(dialect: Dialect, unit: Unit) -> Message:
+    """Return a unit as a message; one that cannot be read has no parts."""
     try:
         return dialect.read(unit)
     except NotJSON:

@@ -28,7 +28,7 @@ MendKind = Literal[
 ]
 SavingKind = Literal["reference", "cut", "compression"]
 SpendingKind = Literal["summary", "recall"]
-Rewrite = Literal["", "compression", "revocation", "flush"]
+Rewrite = Literal["", "compression", "revocation", "flush", "bypass"]
 
 CATEGORIES: tuple[Category, ...] = (
     "system",

@@ -15,6 +15,7 @@ import inspect
 import ipaddress
 import logging
 import time
+from collections import deque
 from collections.abc import (
     Awaitable,
     Callable,
@@ -42,7 +43,7 @@ from kimi_core.dialects import Call
 from kimi_core.document import Document, NotJSON
 from kimi_core.exchange import Exchange
 from kimi_core.pipe import Pipe, StageFailed, whole
-from kimi_core.rules import Rules, RulesError, RulesFile, default_rules_path
+from kimi_core.rules import Match, Rules, RulesError, RulesFile, default_rules_path
 from kimi_core.sessions import Sessions
 from kimi_core.sse import SSE, Framing, JSONArray
 from kimi_core.stages import Stage
@@ -515,15 +516,33 @@ def client_key(flow: http.HTTPFlow) -> str:
 
 
 def bypassed(flow: http.HTTPFlow) -> bool:
-    """Tell whether nothing may be edited: by the `x-kimi-bypass` header or by `kimi_bypass`.
+    """Tell whether nothing may be edited: by the `x-kimi-bypass` header, `kimi_bypass` or a rule.
 
     Who may be asked, whose key is sent, and what is counted stay as they are.
     """
+    said = client_header(flow, "x-kimi-bypass").strip().lower()
+    if said:
+        return said not in ("0", "false", "no", "off")
+    if ctx.options.kimi_bypass:
+        return True
+    ruled = rule(flow)
+    return ruled is not None and ruled.bypass
+
+
+def rule(flow: http.HTTPFlow) -> Match | None:
+    """Return what the rules say of the model that the client asks for, where it sent it itself.
+
+    To be asked before the request is sent on to another host.
+    """
     found = exchange(flow)
-    said = found.headers.get("x-kimi-bypass") if found is not None else None
-    if said is not None:
-        return said.strip().lower() not in ("", "0", "false", "no", "off")
-    return bool(ctx.options.kimi_bypass)
+    if found is None:
+        return None
+    rules = suite().rules
+    if found.for_us:
+        addressed = rules.providers.get(found.path_provider)
+    else:
+        addressed = rules.providers_by_host(flow.request.host, flow.request.port)
+    return rules.about(found.model, addressed)
 
 
 def change_headers(
@@ -923,7 +942,7 @@ def _open(flow: http.HTTPFlow, state: _State) -> None:
     if body := response.raw_content:
         # A flow out of a file: its reply is all there, and mitmproxy will not call the pipe.
         for piece in (body, b""):
-            state.pipe(piece)
+            deque(state.pipe(piece), maxlen=0)
 
 
 def drain(flow: http.HTTPFlow) -> None:

@@ -40,5 +40,10 @@ class Memo(Generic[Key, Value]):
             self._old, self._young = self._young, {}
         self._young[key] = value
 
+    def pop(self, key: Key) -> Value | None:
+        """Forget what was put under `key`, and return it."""
+        old = self._old.pop(key, None)
+        return self._young.pop(key, old)
+
     def __len__(self) -> int:
         return len(self._young.keys() | self._old.keys())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import brotli
 import zstandard
@@ -23,8 +23,9 @@ MAX_KEPT_BYTES = 16 * 1024 * 1024
 class Pipe:
     """Cuts a streamed reply into events and sends them through stages.
 
-    Called with each piece as it comes and with b"" at the end, it returns what the client
-    gets. Where every stage only reads, that is each piece as it came, at once.
+    Called with each piece as it comes and with b"" at the end, it yields what the client
+    gets; what it yields must be taken to the end. Where every stage only reads, that is each
+    piece as it came, before anyone has looked at it.
     """
 
     def __init__(
@@ -50,15 +51,37 @@ class Pipe:
         self.edits = not self._broken and any(not stage.reads_only for stage in stages)
         """What leaves is not what came: its length is not known, and no coding is left on it."""
 
-    def __call__(self, data: bytes) -> Iterable[bytes]:
+    def __call__(self, data: bytes) -> Iterator[bytes]:
+        # mitmproxy sends each piece before it asks for the next, so what only reads comes after.
         if not data:
-            return self._keep(self._last())
+            yield from self._keep(self._last())
+            return
         if self._exchange.first_chunk is None:
             self._exchange.first_chunk = time.perf_counter()
-        if self._broken or self._decode is None:
-            return self._keep([] if self._over else [data])
+        if not self.edits or self._broken:
+            try:
+                yield from self._keep([] if self._over else [data])
+            finally:
+                self._through(self._events(data) or [])
+            return
+        events = self._events(data)
+        if events is None:
+            # The header that says how to decode it is gone by now.
+            yield from self._keep(self._finish("the provider's stream"))
+            return
+        first = next((n for n, stage in enumerate(self._stages) if not stage.reads_only), 0)
+        reading, editing = self._stages[:first], self._stages[first:]
         try:
-            events = self._framing.feed(self._decode(data))
+            yield from self._keep(self._through(events, editing))
+        finally:
+            self._through(events, reading)
+
+    def _events(self, data: bytes) -> list[Event] | None:
+        """Return the events that have come to their end; None when the stream cannot be read."""
+        if self._broken or self._decode is None:
+            return None
+        try:
+            return self._framing.feed(self._decode(data))
         except Exception as error:
             logger.warning(
                 "%s: the stream cannot be read: %s; %s",
@@ -67,10 +90,7 @@ class Pipe:
                 "it ends here" if self.edits else "it passes as it is",
             )
             self._broken = self._exchange.unread = True
-            # The header that says how to decode it may be gone by now.
-            return self._keep(self._finish("the provider's stream") if self.edits else [data])
-        out = self._through(events)
-        return self._keep(out if self.edits else [data])
+            return None
 
     @property
     def content(self) -> bytes | None:

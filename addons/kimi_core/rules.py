@@ -179,6 +179,7 @@ class ModelRule:
     context: int | None = None
     markup: Markup | None = None
     ensure_tool_call: bool | None = None
+    bypass: bool | None = None
 
     @property
     def is_pattern(self) -> bool:
@@ -201,6 +202,7 @@ class Match:
     context: int | None
     markup: Markup | None
     ensure_tool_call: bool
+    bypass: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +342,7 @@ class Rules:
             context=_first(entry.context for entry in entries),
             markup=_first(entry.markup for entry in entries),
             ensure_tool_call=bool(_first(entry.ensure_tool_call for entry in entries)),
+            bypass=bool(_first(entry.bypass for entry in entries)),
         )
 
     def _entries(self, model: str, own_names: bool) -> Iterator[ModelRule]:
@@ -775,6 +778,7 @@ class _Loading:
                         context=given.context,
                         markup=given.markup,
                         ensure_tool_call=given.ensure_tool_call,
+                        bypass=given.bypass,
                     )
                     for name, given in spec.models.items()
                 }

@@ -328,6 +328,12 @@ class ModelSpec(_Section):
         "null: what the longest pattern that fits says, else false.",
         examples=[True],
     )
+    bypass: bool | None = Field(
+        None,
+        description="Whether its requests and replies pass unedited, routed and counted all the "
+        "same; null: what the longest pattern that fits says, else false.",
+        examples=[True],
+    )
 
 
 class When(_Section):
@@ -381,7 +387,7 @@ class RoutingRule(_Section):
 
 
 class SanitizerSettings(_Section):
-    """Which tool output is cut."""
+    """Which tool output is pointed at or cut."""
 
     threshold: int = Field(
         1000,
@@ -390,6 +396,26 @@ class SanitizerSettings(_Section):
         examples=[1000],
     )
     keep: int = Field(500, ge=0, description="How many o200k tokens of it stay.", examples=[500])
+    references: bool = Field(
+        True,
+        description="Whether lines that the conversation already shows are pointed at "
+        "instead of sent again.",
+        examples=[False],
+    )
+    keep_days: int = Field(
+        30,
+        ge=1,
+        le=3650,
+        description="Days that an original is kept after it was last left out of a request.",
+        examples=[30],
+    )
+    keep_mb: int = Field(
+        1024,
+        ge=1,
+        le=1_000_000,
+        description="Megabytes that all originals may take, compressed; the oldest go first.",
+        examples=[1024],
+    )
 
     @model_validator(mode="after")
     def _keeps_less(self) -> Self:
