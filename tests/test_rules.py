@@ -345,9 +345,9 @@ WRONG = {
         "rules.yaml:6: providers.nvidia.baseurl: is no key of rules.yaml; did you mean base_url?",
     ),
     "an unknown key like no other": (
-        SMALL + "sanitizer: {xyzzy: 1}\n",
-        "rules.yaml:16: sanitizer.xyzzy: is no key of rules.yaml; the keys here are: "
-        "threshold, keep",
+        SMALL + "limits: {xyzzy: 1}\n",
+        "rules.yaml:16: limits.xyzzy: is no key of rules.yaml; the keys here are: "
+        "requests_per_minute, warn_at, critical_at, budgets",
     ),
     "an unknown key of a target": (
         SMALL.replace("model: vendor/one", "modle: vendor/one"),
