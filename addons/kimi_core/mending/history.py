@@ -111,57 +111,50 @@ def mend_history(
     if b'"tool_call' not in document.body and b'"tool"' not in document.body:
         return  # nobody has called anything so far
     raws = document.elements("messages")
-    digests = list(map(xxhash.xxh3_128_digest, raws))
-    known, chain, seed = _NOTHING, b"", b""
-    if owner is not None:
-        chain, seed = b"".join(digests), f"{owner} {thinking} ".encode()
-        for length in range(len(raws), max(0, len(raws) - _LOOK_BACK), -1):
-            if found := _mended.get(xxhash.xxh3_128_digest(seed + chain[: length * 16])):
-                known = found
-                break
-    calls, edits = known.calls.copy(), [*known.edits]
-    first = known.length
-    for index, message in enumerate(_known.get_many(digests[first:]), first):
-        if message is None:
-            message = _look(bytes(raws[index]))
-            _known.put(digests[index], message)
-        if isinstance(message, _Asking):
-            values = _asking_edits(message, raws[index], calls, thinking, recall)
-        elif isinstance(message, _Answering):
-            values = _answering_edits(message, calls)
-        else:
-            continue
-        if values:
-            has_key = isinstance(message, _Asking) or bool(message.id)
-            edits.append((index, _placed(raws[index], digests[index], values, has_key)))
-    if owner is not None and len(raws) > first:
-        key = xxhash.xxh3_128_digest(seed + chain)
-        _mended.put(key, _Mended(len(raws), tuple(edits), calls))
-    if edits:
-        _apply(document, raws, edits)
-
-
-def _apply(
-    document: Document, raws: Sequence[bytes | msgspec.Raw], edits: Sequence[_Edits]
-) -> None:
-    if document.edited:
-        for index, placed in edits:
-            document.set_raw(("messages", index), _spliced(bytes(raws[index]), placed))
+    if not raws:
         return
-    # All at once, from the text between the brackets: to find each message anew would cost more
-    # than all the rest.
     text = document.raw("messages")
-    pieces: list[bytes] = []
-    by_index = dict(edits)
-    done, at = 0, 1
-    for index in range(edits[-1][0] + 1):
+    known, hasher, key = _NOTHING, xxhash.xxh3_128(), b""
+    if owner is not None:
+        hasher.update(f"{owner} {thinking} ".encode())
+        for raw in raws[:2]:
+            hasher.update(raw)
+        key = hasher.digest()
+        found = _mended.get(key)
+        hasher.reset()
+        if found is not None and found.size < len(text):
+            hasher.update(memoryview(text)[: found.size])
+            if hasher.digest() == found.digest:
+                known = found
+            else:
+                hasher.reset()
+    pieces, calls = [known.text], known.calls.copy()
+    done, at = known.size if known.text else 0, known.size or 1
+    new = raws[known.length :]
+    digests = list(map(xxhash.xxh3_128_digest, new))
+    for raw, digest, message in zip(new, digests, _known.get_many(digests), strict=True):
         while text[at] in b", \t\r\n":
             at += 1
-        for place, value in by_index.get(index, ()):
-            pieces += (text[done : at + place.start], place.before, value, place.after)
-            done = at + place.end
-        at += len(memoryview(raws[index]))
-    document.set_raw(("messages",), b"".join((*pieces, text[done:])))
+        if message is None:
+            message = _look(bytes(raw))
+            _known.put(digest, message)
+        if isinstance(message, _Asking):
+            values, has_key = _asking_edits(message, raw, calls, thinking, recall), True
+        elif isinstance(message, _Answering):
+            values, has_key = _answering_edits(message, calls), bool(message.id)
+        else:
+            values, has_key = {}, False
+        if values:
+            for place, value in _placed(raw, digest, values, has_key):
+                pieces += (text[done : at + place.start], place.before, value, place.after)
+                done = at + place.end
+        at += len(memoryview(raw))
+    mended = b"".join((*pieces, text[done:at])) if done else b""
+    if owner is not None and text[at - 1 : at] == b"}" and at <= _MAX_REMEMBERED:
+        hasher.update(memoryview(text)[known.size : at])
+        _mended.put(key, _Mended(len(raws), at, hasher.digest(), mended, calls))
+    if mended:
+        document.set_raw(("messages",), mended + text[at:])
 
 
 def _asking_edits(
@@ -283,17 +276,22 @@ def _canonical(name: str, number: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Mended:
-    """What becomes of the first `length` messages of a conversation, and their calls."""
+    """What became of the first messages of a conversation, and which calls they made."""
 
     length: int
-    edits: tuple[_Edits, ...]
+    size: int
+    """How much of the array's JSON text they take, from its bracket on."""
+    digest: bytes
+    """Of that text."""
+    text: bytes
+    """What takes its place; empty when nothing was mended."""
     calls: _Calls
 
 
-_NOTHING = _Mended(0, (), _Calls())
-_mended: Memo[bytes, _Mended] = Memo(64)
-_LOOK_BACK = 64
-"""How many messages a turn may add before its conversation is looked at as a new one."""
+_NOTHING = _Mended(0, 0, b"", b"", _Calls())
+# By what a conversation begins with: its latest request, which the next one goes on from.
+_mended: Memo[bytes, _Mended] = Memo(24)
+_MAX_REMEMBERED = 2_000_000
 
 
 class _Call(msgspec.Struct, frozen=True, gc=False):
@@ -510,7 +508,6 @@ class _Place(msgspec.Struct, frozen=True, gc=False):
 
 
 _Placed = tuple[tuple[_Place, bytes], ...]
-_Edits = tuple[int, _Placed]
 
 # The scan that finds a value costs more than all the rest, and most histories are mended
 # in the same places with every turn: Moonshot's own ids are foreign, for one.
@@ -533,15 +530,6 @@ def _placed(
         places = [(quick and _found(message, path)) or _place(message, path) for path in edits]
         _places.put(key, places)
     return tuple(sorted(zip(places, edits.values(), strict=True), key=lambda pair: pair[0].start))
-
-
-def _spliced(message: bytes, placed: _Placed) -> bytes:
-    pieces: list[bytes] = []
-    at = 0
-    for place, value in placed:
-        pieces += (message[at : place.start], place.before, value, place.after)
-        at = place.end
-    return b"".join((*pieces, message[at:]))
 
 
 def _found(message: bytes, path: Path) -> _Place | None:
