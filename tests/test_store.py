@@ -31,12 +31,12 @@ from kimi_core.store import (
     release,
     shared,
 )
-from kimi_core.store_schema import (
+from kimi_core.store.schema import (
     APPLICATION_ID,
     ATTEMPT_COLUMNS,
-    CONVERSATION_COLUMNS,
     MIGRATIONS,
     SESSION_COLUMNS,
+    TABLES,
     Migration,
     connect,
     migrate,
@@ -179,6 +179,20 @@ def test_a_row_written_twice_counts_once_and_the_later_one_stands(
     assert (session["cost_usd"], session["saved_usd"]) == (0.75, 2.0)
 
 
+def test_a_session_sums_what_saving_lost_and_took(make: Callable[..., Store]) -> None:
+    store = make()
+    store.add_exchange(exchange(1, saved_usd=0.5, lost_usd=0.25))
+    store.add_exchange(exchange(2, saved_usd=-0.125, lost_usd=0.5, spent_usd=0.0625))
+    store.add_exchange(exchange(2, saved_usd=-0.25, lost_usd=0.75, spent_usd=0.125))
+    assert store.flush()
+    store.add_exchange(exchange(1, saved_usd=0.5, lost_usd=0.0))
+    assert store.flush()
+    session = store.session("s")
+    assert session is not None
+    money = session["saved_usd"], session["lost_usd"], session["spent_usd"]
+    assert money == (0.25, 0.75, 0.125)
+
+
 def test_an_exchange_that_moves_to_another_session_leaves_the_first(
     make: Callable[..., Store],
 ) -> None:
@@ -221,6 +235,8 @@ def test_a_session_sums_its_exchanges_and_shows_the_gauge_of_the_last_turn(
         "cost_usd": 0.75,
         "saved_tokens": 7,
         "saved_usd": None,
+        "lost_usd": None,
+        "spent_usd": None,
     }
     assert store.session("unknown") is None
 
@@ -238,9 +254,10 @@ def test_an_unknown_window_replaces_the_window_of_the_model_before(
 
 
 def test_touching_a_session_keeps_what_it_does_not_mention(make: Callable[..., Store]) -> None:
-    now = iter([T0, T0 + 60])
-    store = make(clock=lambda: next(now))
+    now = [T0]
+    store = make(clock=lambda: now[0])
     store.touch_session("s", source="client", provider="nvidia", model="a")
+    now[0] += 60
     store.touch_session("s", model="b", context_tokens=5, context_window=10)
     assert store.flush()
     session = store.session("s")
@@ -263,14 +280,18 @@ def test_attempts_of_an_exchange_come_in_their_order(make: Callable[..., Store])
 
 
 def test_conversations_survive_a_restart_newest_first(make: Callable[..., Store]) -> None:
-    times = iter([1.0, 2.0, 3.0, 4.0])
-    store = make(clock=lambda: next(times))
-    store.add_conversation(b"\x00one", "s1", "k1")
-    store.add_conversation("two", "s2", None)
-    store.add_conversation(b"three", "s3", "k3")
-    store.add_conversation(b"\x00one", "s9", "k1")
+    now = [0.0]
+    store = make(clock=lambda: now[0])
+    for digest, session, key in (
+        (b"\x00one", "s1", "k1"),
+        ("two", "s2", None),
+        (b"three", "s3", "k3"),
+        (b"\x00one", "s9", "k1"),
+    ):
+        now[0] += 1
+        store.add_conversation(digest, session, key)
     assert store.close()
-    again = make()
+    again = make(clock=lambda: now[0])
     found = [(row["digest"], row["session_id"]) for row in again.conversations(2)]
     assert found == [(b"\x00one", "s9"), (b"three", "s3")]
     assert list(again.conversations(9))[-1] == {
@@ -344,6 +365,35 @@ def test_totals_sum_by_provider_model_and_day(make: Callable[..., Store]) -> Non
     assert store.totals(since=T0 + day)["requests"] == 1
     assert store.totals(session_id="t")["cost_usd"] is None
     assert store.totals(session_id="nobody")["requests"] == 0
+
+
+def test_totals_say_what_was_saved_and_what_it_took(make: Callable[..., Store]) -> None:
+    store = make()
+    store.add_exchange(
+        exchange(1, saved_tokens=90, masked_tokens=90, gross_saved_usd=0.5, saved_usd=0.5, masks=3)
+    )
+    broken = {"lost_usd": 0.25, "spent_usd": 0.0625, "saved_usd": -0.0625, "cache_break": 0}
+    more = {"saved_tokens": 50, "masked_tokens": 10, "compressed_tokens": 40, "recalls": 2}
+    groq = {"gen_ai.provider.name": "groq"}
+    store.add_exchange(exchange(2, gross_saved_usd=0.25, **broken, **more, **groq))
+    store.add_exchange(exchange(3, cache_break=7))
+    assert store.flush()
+    said = {
+        "saved_tokens": 140,
+        "masked_tokens": 100,
+        "compressed_tokens": 40,
+        "gross_saved_usd": 0.75,
+        "lost_usd": 0.25,
+        "spent_usd": 0.0625,
+        "saved_usd": 0.4375,
+        "recalls": 2,
+        "cache_breaks": 2,
+    }
+    totals = store.totals()
+    assert {name: totals[name] for name in said} == said
+    assert totals["by_provider"]["groq"]["saved_usd"] == -0.0625
+    assert totals["by_provider"]["nvidia"]["lost_usd"] is None
+    assert totals["by_provider"]["nvidia"]["cache_breaks"] == 1
 
 
 def test_known_models_say_who_served_them(make: Callable[..., Store]) -> None:
@@ -696,12 +746,8 @@ def test_an_empty_file_becomes_the_newest_schema(make: Callable[..., Store], pat
     assert version_of(path) == (MIGRATIONS[-1].version, APPLICATION_ID)
     with contextlib.closing(sqlite3.connect(path)) as conn:
         db = Database(conn)
-        for table, columns in {
-            "exchanges": EXCHANGE_COLUMNS,
-            "attempts": ATTEMPT_COLUMNS,
-            "sessions": SESSION_COLUMNS,
-            "conversations": CONVERSATION_COLUMNS,
-        }.items():
+        assert set(db.table_names()) == TABLES.keys()
+        for table, columns in TABLES.items():
             assert tuple(db.table(table).columns_dict) == columns
         assert db.journal_mode == "wal"
 
@@ -729,70 +775,127 @@ def test_an_older_database_is_migrated_step_by_step_and_keeps_its_rows(
     assert rows == [(f"x{number:06}", f"p{number}", None) for number in range(50)]
 
 
-ADDED_BY_1_1 = {
-    "exchanges": {"mended"},
-    "attempts": {
-        "rejected",
-        "gen_ai.response.finish_reason",
-        "gen_ai.usage.cache_read.input_tokens",
+ADDED = {
+    1: {
+        "exchanges": {"mended"},
+        "attempts": {
+            "rejected",
+            "gen_ai.response.finish_reason",
+            "gen_ai.usage.cache_read.input_tokens",
+        },
+    },
+    2: {
+        "exchanges": {
+            "gross_saved_usd",
+            "lost_usd",
+            "spent_usd",
+            "masked_tokens",
+            "compressed_tokens",
+            "masks",
+            "recalls",
+            "cache_break",
+            "cache_break_by",
+            "summary_id",
+        },
+        "sessions": {"lost_usd", "spent_usd"},
+        "masks": set(TABLES["masks"]),
+        "decisions": set(TABLES["decisions"]),
+        "summaries": set(TABLES["summaries"]),
     },
 }
+"""By the minor number of the version: the columns that it brought."""
 
 
-@pytest.fixture
-def made_by_1_0(path: Path) -> Path:
-    """A file as the first version left it, with rows."""
+@pytest.fixture(params=[0, 1], ids=["1.0", "1.1"])
+def older(request: pytest.FixtureRequest, path: Path) -> Path:
+    """A file as an older version left it, with rows."""
+    minor: int = request.param
     path.parent.mkdir()
     with contextlib.closing(connect(path, timeout_s=1)) as db:
-        migrate(db, MIGRATIONS[:1])
-        assert db.execute("PRAGMA user_version").fetchone()[0] == 1000
+        migrate(db, MIGRATIONS[: minor + 1])
+        assert db.execute("PRAGMA user_version").fetchone()[0] == 1000 + minor
         for number in range(3):
             db.table("exchanges").insert(exchange(number, attempts=1))
             attempt = {"exchange_id": f"x{number:06}", "number": 1, "status": 200}
             db.table("attempts").insert(attempt)
-        for table, columns in ADDED_BY_1_1.items():
-            assert not columns & set(db.table(table).columns_dict)
+        db.table("sessions").insert({"id": "s", "created_at": T0, "last_seen_at": T0})
+        for later in range(minor + 1, 3):
+            for table, columns in ADDED[later].items():
+                had = set(db.table(table).columns_dict) if db.table(table).exists() else set()
+                assert not columns & had
     return path
 
 
-def test_a_file_of_1_0_keeps_its_rows_and_takes_new_ones(
-    make: Callable[..., Store], made_by_1_0: Path
+def test_an_older_file_keeps_its_rows_and_takes_new_ones(
+    make: Callable[..., Store], older: Path
 ) -> None:
     store = make()
     assert store.state == "ok"
-    assert version_of(made_by_1_0) == (NEWEST.version, APPLICATION_ID)
+    assert version_of(older) == (NEWEST.version, APPLICATION_ID)
     nothing = dict.fromkeys(EXCHANGE_COLUMNS)
     old = [nothing | exchange(number, attempts=1) for number in range(3)]
     assert list(store.export()) == old
     assert store.attempts("x000002") == [
         dict.fromkeys(ATTEMPT_COLUMNS) | {"exchange_id": "x000002", "number": 1, "status": 200}
     ]
-    store.add_exchange(exchange(3, mended=2, attempts=2))
+    row = exchange(3, mended=2, attempts=2, lost_usd=0.5, cache_break_by="client")
+    store.add_exchange(row)
     new: list[dict[str, str | int]] = [
         {"number": 1, "rejected": "no call", "gen_ai.response.finish_reason": "stop"},
         {"number": 2, "gen_ai.usage.cache_read.input_tokens": 90},
     ]
     for attempt in new:
         store.add_attempt({"exchange_id": "x000003", **attempt})
+    store.add_decision(b"digest", "1")
     assert store.flush()
-    assert list(store.export()) == [*old, nothing | exchange(3, mended=2, attempts=2)]
+    assert list(store.export()) == [*old, nothing | row]
     assert store.attempts("x000003") == [
         dict.fromkeys(ATTEMPT_COLUMNS) | {"exchange_id": "x000003"} | attempt for attempt in new
     ]
+    session = store.session("s")
+    assert session is not None
+    assert (session["exchanges"], session["lost_usd"], session["spent_usd"]) == (1, 0.5, None)
+    assert [row["policy"] for row in store.decisions(9)] == ["1"]
 
 
-def test_a_file_of_1_0_that_nobody_migrated_reads_as_if_it_were(made_by_1_0: Path) -> None:
-    before = made_by_1_0.read_bytes()
-    reader = StoreReader(made_by_1_0)
+def test_an_older_file_that_nobody_migrated_reads_as_if_it_were(older: Path) -> None:
+    before = older.read_bytes()
+    reader = StoreReader(older)
     rows = list(reader.export())
     assert [tuple(row) for row in rows] == [EXCHANGE_COLUMNS] * 3
     assert rows[0] == dict.fromkeys(EXCHANGE_COLUMNS) | exchange(0, attempts=1)
     assert reader.exchanges(limit=1, before="x000001") == rows[:1]
     assert tuple(reader.attempts("x000001")[0]) == ATTEMPT_COLUMNS
     assert reader.attempts("x000001")[0]["rejected"] is None
-    assert (reader.totals()["requests"], reader.totals()["mended"]) == (3, 0)
-    assert reader.sessions() == []
-    assert made_by_1_0.read_bytes() == before
+    totals = reader.totals()
+    assert (totals["requests"], totals["mended"], totals["cache_breaks"]) == (3, 0, 0)
+    assert totals["lost_usd"] is None
+    (session,) = reader.sessions()
+    assert tuple(session) == SESSION_COLUMNS
+    assert session["spent_usd"] is None
+    assert (reader.mask("0" * 16), reader.masks(), reader.find_masks("0")) == (None, [], [])
+    assert reader.mask_totals()["masks"] == 0
+    assert (reader.decisions(9), reader.summaries(), reader.summary("a")) == ([], [], None)
+    assert older.read_bytes() == before
+
+
+def test_the_versions_before_write_to_a_file_of_this_one(
+    make: Callable[..., Store], path: Path
+) -> None:
+    assert make().close()
+    with contextlib.closing(sqlite3.connect(path)) as conn, conn:
+        for table, columns in TABLES.items():
+            added = set().union(*(said.get(table, set()) for said in ADDED.values()))
+            known = [column for column in columns if column not in added]
+            if known:
+                names = ", ".join(f'"{column}"' for column in known)
+                conn.execute(
+                    f"INSERT INTO {table} ({names}) VALUES ({', '.join('?' * len(known))})",
+                    [1] * len(known),
+                )
+    store = make()
+    assert store.exchanges()[0]["lost_usd"] is None
+    assert store.sessions()[0]["lost_usd"] is None
 
 
 def test_a_migration_that_fails_changes_nothing(make: Callable[..., Store], path: Path) -> None:
@@ -898,7 +1001,7 @@ if EXIT != ["without close"]:
 
 
 def child(path: Path, *arguments: str) -> subprocess.Popen[str]:
-    addons = str(Path(store_module.__file__).parents[1])
+    addons = str(Path(store_module.__file__).parents[2])
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, str(path), *arguments],
         stdout=subprocess.PIPE,

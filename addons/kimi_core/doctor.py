@@ -200,7 +200,7 @@ def store(path: Path) -> Check:
         if os.access(folder, os.W_OK):
             return Check("store", "ok", f"{path} will be made at the first start")
         return Check("store", "fail", f"{folder} cannot be written", "choose another --store")
-    from kimi_core.store_schema import StoreError, check, connect
+    from kimi_core.store.schema import StoreError, check, connect
 
     try:
         db = connect(path, timeout_s=2.0, read_only=True)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TextIO
 
-from kimi_core.store_schema import EXCHANGE_COLUMNS
+from kimi_core.store.schema import EXCHANGE_COLUMNS
 
 # A spreadsheet runs a cell that starts with one of these as a formula.
 # -- https://owasp.org/www-community/attacks/CSV_Injection

@@ -110,10 +110,72 @@ _ATTEMPTS_1_1: dict[str, type] = {
     "gen_ai.usage.cache_read.input_tokens": int,
 }
 
-EXCHANGE_COLUMNS: tuple[str, ...] = (*_EXCHANGES_1_0, *_EXCHANGES_1_1)
+_EXCHANGES_1_2: dict[str, type] = {
+    "gross_saved_usd": float,
+    "lost_usd": float,
+    "spent_usd": float,
+    "masked_tokens": int,
+    "compressed_tokens": int,
+    "masks": int,
+    "recalls": int,
+    "cache_break": int,
+    "cache_break_by": str,
+    "summary_id": str,
+}
+_SESSIONS_1_2: dict[str, type] = {"lost_usd": float, "spent_usd": float}
+_MASKS_1_2: dict[str, type] = {
+    "hash": str,
+    "key_hash": str,
+    "label": str,
+    "kinds": str,
+    "tokens": int,
+    "sent_tokens": int,
+    "session_id": str,
+    "created_at": float,
+    "used_at": float,
+    "bytes": int,
+    # The last one: SQLite reads a row from its start, and most questions are not for this.
+    "original": bytes,
+}
+_DECISIONS_1_2: dict[str, type] = {"digest": bytes, "policy": str, "seen_at": float}
+_SUMMARIES_1_2: dict[str, type] = {
+    "id": str,
+    "key_hash": str,
+    "session_id": str,
+    "messages": int,
+    "text": str,
+    "model": str,
+    "source": str,
+    "provider": str,
+    "input_tokens": int,
+    "output_tokens": int,
+    "cost_usd": float,
+    "tokens_before": int,
+    "tokens_after": int,
+    "messages_before": int,
+    "messages_after": int,
+    "created_at": float,
+    "used_at": float,
+    "applied": int,
+    "revoked_at": float,
+}
+
+EXCHANGE_COLUMNS: tuple[str, ...] = (*_EXCHANGES_1_0, *_EXCHANGES_1_1, *_EXCHANGES_1_2)
 ATTEMPT_COLUMNS: tuple[str, ...] = (*_ATTEMPTS_1_0, *_ATTEMPTS_1_1)
-SESSION_COLUMNS: tuple[str, ...] = tuple(_SESSIONS_1_0)
+SESSION_COLUMNS: tuple[str, ...] = (*_SESSIONS_1_0, *_SESSIONS_1_2)
 CONVERSATION_COLUMNS: tuple[str, ...] = tuple(_CONVERSATIONS_1_0)
+MASK_COLUMNS: tuple[str, ...] = tuple(_MASKS_1_2)
+DECISION_COLUMNS: tuple[str, ...] = tuple(_DECISIONS_1_2)
+SUMMARY_COLUMNS: tuple[str, ...] = tuple(_SUMMARIES_1_2)
+TABLES: Mapping[str, tuple[str, ...]] = {
+    "exchanges": EXCHANGE_COLUMNS,
+    "attempts": ATTEMPT_COLUMNS,
+    "sessions": SESSION_COLUMNS,
+    "conversations": CONVERSATION_COLUMNS,
+    "masks": MASK_COLUMNS,
+    "decisions": DECISION_COLUMNS,
+    "summaries": SUMMARY_COLUMNS,
+}
 
 
 class StoreError(Exception):
@@ -154,6 +216,31 @@ def _mends_and_attempts(db: Database) -> None:
     _add_columns(db, "attempts", _ATTEMPTS_1_1)
 
 
+def _savings(db: Database) -> None:
+    _add_columns(db, "exchanges", _EXCHANGES_1_2)
+    _add_columns(db, "sessions", _SESSIONS_1_2)
+    # A mask belongs to the key that made it; people name it by its hash alone, so that is first.
+    # The sums and the oldest are then read from an index: the table is as large as its originals.
+    masks = db.table("masks").create(
+        _MASKS_1_2,
+        pk=("hash", "key_hash"),
+        not_null={"hash", "key_hash", "original", "bytes", "created_at", "used_at"},
+    )
+    masks.create_index(["used_at", "bytes"])
+    masks.create_index(["kinds", "tokens", "sent_tokens"])
+    masks.create_index(["created_at"])
+    masks.create_index(["session_id", "created_at"])
+    db.table("decisions").create(
+        _DECISIONS_1_2, pk="digest", not_null={"digest", "policy", "seen_at"}
+    ).create_index(["seen_at"])
+    db.table("summaries").create(
+        _SUMMARIES_1_2,
+        pk="id",
+        not_null={"id", "text", "created_at"},
+        defaults={"applied": 0},
+    ).create_index(["session_id", "created_at"]).create_index(["created_at"])
+
+
 def _add_columns(db: Database, table: str, columns: Mapping[str, type]) -> None:
     for name, kind in columns.items():
         db.table(table).add_column(name, kind)
@@ -162,6 +249,7 @@ def _add_columns(db: Database, table: str, columns: Mapping[str, type]) -> None:
 MIGRATIONS: tuple[Migration, ...] = (
     Migration(1, 0, _first_tables),
     Migration(1, 1, _mends_and_attempts),
+    Migration(1, 2, _savings),
 )
 
 
@@ -246,17 +334,17 @@ def widen(db: Database) -> None:
     Without this a quoted column that is not there would be read as a text, its own name.
     -- https://www.sqlite.org/quirks.html#double_quoted_string_literals_are_accepted
     """
-    if _pragma(db, "user_version") >= MIGRATIONS[-1].version:
+    version = _pragma(db, "user_version")
+    if version >= MIGRATIONS[-1].version:
         return
     db.execute("PRAGMA query_only = off")
-    for table, columns in (("exchanges", EXCHANGE_COLUMNS), ("attempts", ATTEMPT_COLUMNS)):
+    for table, columns in TABLES.items():
         have = {row[1] for row in db.execute(f"PRAGMA table_info({table})").fetchall()}
         lacking = [f'NULL AS "{column}"' for column in columns if column not in have]
-        if have and lacking:
+        if lacking and (have or version):
             # A temporary view belongs to the connection, and its name goes before the table's.
-            db.execute(
-                f"CREATE TEMP VIEW {table} AS SELECT *, {', '.join(lacking)} FROM main.{table}"
-            )
+            those = f"*, {', '.join(lacking)} FROM main.{table}" if have else ", ".join(lacking)
+            db.execute(f"CREATE TEMP VIEW {table} AS SELECT {those}{'' if have else ' WHERE 0'}")
     db.execute("PRAGMA query_only = on")
 
 

@@ -1,4 +1,4 @@
-"""The store: rows go in from any thread at once, one thread commits them in batches.
+"""The writer: rows go in from any thread at once, one thread commits them in batches.
 
 A database that is locked, full or broken never reaches the caller: rows wait in memory, `state`
 says why, and the writer keeps trying.
@@ -14,40 +14,16 @@ import os
 import sqlite3
 import threading
 import time
-import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Literal
+from pathlib import Path
 
 from sqlite_utils import Database
 
-from kimi_core import store_batch
-from kimi_core.store_batch import Row, Value
-from kimi_core.store_read import StoreReader
-from kimi_core.store_schema import (
-    ATTEMPT_COLUMNS,
-    EXCHANGE_COLUMNS,
-    MIGRATIONS,
-    SESSION_COLUMNS,
-    Migration,
-    StoreError,
-    check,
-    connect,
-    immediate,
-    migrate,
-)
-
-__all__ = [
-    "ATTEMPT_COLUMNS",
-    "EXCHANGE_COLUMNS",
-    "SESSION_COLUMNS",
-    "Store",
-    "StoreError",
-    "StoreReader",
-    "release",
-    "shared",
-]
+from kimi_core.store import batch
+from kimi_core.store.rows import Row
+from kimi_core.store.schema import Migration, StoreError, check, connect, immediate, migrate
 
 logger = logging.getLogger(__name__)
 
@@ -58,43 +34,32 @@ BUSY_TIMEOUT_S = 0.25
 LOCKED_RETRY_S = 0.05
 BROKEN_RETRY_S = (0.1, 10.0)  # first, longest; doubled in between
 
-SessionSource = Literal["header", "client", "conversation", "key"]
 
-_EXCHANGE_SET = frozenset(EXCHANGE_COLUMNS)
-_ATTEMPT_SET = frozenset(ATTEMPT_COLUMNS)
-_STARTED_AT = EXCHANGE_COLUMNS.index("started_at")
+class Writer:
+    """One thread that writes the database at `path`, and the rows that wait for it.
 
-
-class Store(StoreReader):
-    """The database at `path`, with one thread that writes it.
-
-    `add_…` and `touch_session` take microseconds, may be called from any thread and raise nothing.
     Rows are written in the order they came. At most `max_pending` wait in memory; beyond that the
     oldest are dropped, with one warning, and counted in `dropped`.
 
     `state` is "ok", "locked" (another process writes), or "broken: …" with the reason.
     """
 
+    path: Path
+
     def __init__(
         self,
-        path: str | os.PathLike[str],
         *,
-        clock: Callable[[], float] = time.time,
-        max_pending: int = 100_000,
-        migrations: Sequence[Migration] = MIGRATIONS,
-        pragmas: Mapping[str, int] | None = None,
+        max_pending: int,
+        migrations: Sequence[Migration],
+        pragmas: Mapping[str, int],
     ) -> None:
         """Nothing is opened yet. `pragmas` are set on each new connection of the writer."""
-        super().__init__(path)
         self.state = "ok"
         self.dropped = 0
-        self._clock = clock
         self._max_pending = max_pending
         self._migrations = migrations
-        self._pragmas = pragmas or {}
-        self._unknown_columns: set[str] = set()
+        self._pragmas = pragmas
         self._start_afresh()
-        _stores.add(self)
 
     def _start_afresh(self) -> None:
         self._lock = threading.Lock()
@@ -103,6 +68,7 @@ class Store(StoreReader):
         self._batch: list[Row] = []  # taken from _pending, not yet committed
         self._queued = 0  # rows accepted, and of these
         self._settled = 0  # committed, dropped or left out
+        self._mask_lost = False  # one was dropped, of the backlog that is still there
         self._waiters: list[tuple[int, int, Future[bool]]] = []  # _queued, dropped, when asked
         self._thread: threading.Thread | None = None
         self._first_try = threading.Event()
@@ -127,60 +93,16 @@ class Store(StoreReader):
             self._start_writer()
         self._first_try.wait(timeout)
 
-    def add_exchange(self, row: Mapping[str, Value]) -> None:
-        """Queue the row of one client request, by column name; missing columns are null.
-
-        A second row with the same id replaces the first. The session's totals follow.
-        """
-        values = tuple(map(row.get, EXCHANGE_COLUMNS))
-        if not _EXCHANGE_SET.issuperset(row):
-            self._warn_of_columns("exchanges", row.keys() - _EXCHANGE_SET)
-        if values[_STARTED_AT] is None:
-            now = self._clock()
-            values = (*values[:_STARTED_AT], now, *values[_STARTED_AT + 1 :])
-        self._add(("exchanges", values))
-
-    def add_attempt(self, row: Mapping[str, Value]) -> None:
-        """Queue the row of one upstream request; `exchange_id` and `number` are its key."""
-        if not _ATTEMPT_SET.issuperset(row):
-            self._warn_of_columns("attempts", row.keys() - _ATTEMPT_SET)
-        self._add(("attempts", tuple(map(row.get, ATTEMPT_COLUMNS))))
-
-    def add_conversation(self, digest: bytes | str, session_id: str, key_hash: str | None) -> None:
-        """Queue that the conversation with this digest belongs to the session, as of now."""
-        self._add(("conversations", (digest, session_id, key_hash, self._clock())))
-
-    def touch_session(
-        self,
-        session_id: str,
-        *,
-        name: str | None = None,
-        key_hash: str | None = None,
-        project: str | None = None,
-        client: str | None = None,
-        provider: str | None = None,
-        model: str | None = None,
-        source: SessionSource | None = None,
-        context_tokens: int | None = None,
-        context_window: int | None = None,
-    ) -> None:
-        """Queue that the session is in use now, and what is known of it; None changes nothing."""
-        now = self._clock()
-        values: tuple[Value, ...] = (  # SESSION_COLUMNS
-            session_id, name, now, now, key_hash, project, client, provider, model, source,
-            context_tokens, context_window, 0, 0, 0, None, 0, None,
-        )  # fmt: skip
-        self._add(("sessions", values))
-
     def _add(self, row: Row) -> None:
-        dropped = ""
+        dropped, lost = "", row
         with self._lock:
             if self._deadline is not None and self._thread is None:
                 dropped = "it is closed"
             elif len(self._pending) >= self._max_pending:
-                self._pending.popleft()
+                lost = self._pending.popleft()
                 dropped = f"more than {self._max_pending} rows wait"
             if dropped:
+                self._mask_lost |= lost[0] == "masks"
                 warn = not self.dropped
                 self.dropped += 1
                 self._settled += 1
@@ -195,12 +117,6 @@ class Store(StoreReader):
                 self._wake.notify()
         if dropped and warn:
             logger.warning("store %s: rows are dropped, because %s", self.path, dropped)
-
-    def _warn_of_columns(self, table: str, columns: set[str]) -> None:
-        new = columns - self._unknown_columns
-        if new:
-            self._unknown_columns |= new
-            logger.warning("store: %s has no column %s", table, ", ".join(sorted(new)))
 
     # -- waiting for commits
 
@@ -218,9 +134,10 @@ class Store(StoreReader):
     async def committed(self, timeout: float = 2.0) -> bool:
         """Return True when all that was queued before the call is committed.
 
-        False at once when the store is broken, and after `timeout` seconds when it is locked.
+        False at once when the store is broken or a mask among it was dropped, and after `timeout`
+        seconds when it is locked.
         """
-        if self.state not in ("ok", "locked"):
+        if self.state not in ("ok", "locked") or self._mask_lost:
             return False
         try:
             async with asyncio.timeout(timeout):
@@ -291,7 +208,8 @@ class Store(StoreReader):
                         db = None
                     if db is None:
                         db = self._connect()
-                    left_out = store_batch.write(db, self._batch) if self._batch else 0
+                    rows = self._batch
+                    left_out = batch.write(db, rows) if rows else 0
                 except (sqlite3.Error, OSError, StoreError) as error:
                     failures += 1
                     self._set_state(_state_of(error))
@@ -302,6 +220,8 @@ class Store(StoreReader):
                     failures = 0
                     self._set_state("ok")
                     self._settle(left_out)
+                    self._first_try.set()
+                    self._tidy(db, rows)
                 self._first_try.set()
         finally:
             if db is not None:
@@ -401,11 +321,20 @@ class Store(StoreReader):
             self._settled += len(self._batch)
             self._batch = []
             self.dropped += left_out
+            if self._settled >= self._queued:
+                self._mask_lost = False
             done = [waiter for waiter in self._waiters if waiter[0] <= self._settled]
             self._waiters = [waiter for waiter in self._waiters if waiter[0] > self._settled]
             dropped = self.dropped
         for _, dropped_before, future in done:
             _resolve(future, dropped == dropped_before)
+
+    def _tidy(self, db: Database, rows: Sequence[Row]) -> None:
+        """Called in the writer's thread when a batch, perhaps an empty one, is on disk."""
+
+    def _busy(self) -> bool:
+        """Whether the writer has something better to do than to tidy up."""
+        return bool(self._pending) or self._deadline is not None
 
     def _end(self) -> None:
         with self._lock:
@@ -433,41 +362,3 @@ def _state_of(error: sqlite3.Error | OSError | StoreError) -> str:
     if isinstance(error, OSError):
         return f"broken: {error.strerror}"
     return f"broken: {error}"
-
-
-_stores: weakref.WeakSet[Store] = weakref.WeakSet()
-_shared: dict[str, tuple[Store, int]] = {}
-_shared_lock = threading.Lock()
-
-
-def shared(path: str | os.PathLike[str]) -> Store:
-    """Return the process's one store of `path`, opened; `release` it when done."""
-    key = os.path.realpath(os.path.expanduser(path))
-    with _shared_lock:
-        store, users = _shared.get(key) or (Store(key), 0)
-        _shared[key] = (store, users + 1)
-    store.open()
-    return store
-
-
-def release(store: Store, timeout: float = 5.0) -> None:
-    """Give back what `shared` returned; the last one closes it."""
-    with _shared_lock:
-        for key, (known, users) in list(_shared.items()):
-            if known is not store:
-                continue
-            if users > 1:
-                _shared[key] = (store, users - 1)
-                return
-            del _shared[key]
-    store.close(timeout)
-
-
-def _after_fork() -> None:
-    global _shared_lock
-    _shared_lock = threading.Lock()
-    for store in list(_stores):
-        store._after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork)

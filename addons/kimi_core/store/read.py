@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from sqlite_utils import Database
-
-from kimi_core.store_schema import (
+from kimi_core.store.masks import MaskReader
+from kimi_core.store.reading import matching
+from kimi_core.store.rows import quoted
+from kimi_core.store.schema import (
     ATTEMPT_COLUMNS,
     CONVERSATION_COLUMNS,
     EXCHANGE_COLUMNS,
     SESSION_COLUMNS,
-    StoreError,
-    connect,
-    widen,
 )
-
-READ_TIMEOUT_S = 0.25
+from kimi_core.store.summaries import SummaryReader
 
 _MODEL = 'coalesce("gen_ai.response.model", "gen_ai.request.model")'
 # Key in `totals` -> SQL. Null, not 0, where no row says anything; a number of rows is never null.
@@ -38,21 +31,25 @@ _SUMS = {
     "reasoning_tokens": 'sum("gen_ai.usage.reasoning.output_tokens")',
     "cost_usd": "sum(cost_usd)",
     "saved_tokens": "sum(saved_tokens)",
+    "masked_tokens": "sum(masked_tokens)",
+    "compressed_tokens": "sum(compressed_tokens)",
     "saved_usd": "sum(saved_usd)",
+    "gross_saved_usd": "sum(gross_saved_usd)",
+    "lost_usd": "sum(lost_usd)",
+    "spent_usd": "sum(spent_usd)",
+    "recalls": "sum(recalls)",
+    "cache_breaks": "sum(cache_break IS NOT NULL)",
 }
-_COUNTS = ("requests", "errors", "partial", "mended", "unpriced")
+_COUNTS = ("requests", "errors", "partial", "mended", "unpriced", "cache_breaks")
 
 
-class StoreReader:
+class StoreReader(MaskReader, SummaryReader):
     """Read access to the database at `path`, whoever writes it.
 
     Every method opens and closes its own connection, so any thread may call it and nothing is held
     between calls; all raise StoreError when the database cannot be read. They block for
     milliseconds: call them off the event loop.
     """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path).expanduser()
 
     def sessions(
         self,
@@ -63,30 +60,30 @@ class StoreReader:
         key_hash: str | None = None,
     ) -> list[dict[str, Any]]:
         """Return sessions, last used first; `before`: last_seen_at and id of the last one had."""
-        where, values = _where({"project": project, "key_hash": key_hash})
+        where, values = matching({"project": project, "key_hash": key_hash})
         if before is not None:
             where, values = f"{where} AND (last_seen_at, id) < (?, ?)", (*values, *before)
         return self._query(
-            f"SELECT {_quoted(SESSION_COLUMNS)} FROM sessions WHERE {where} "
+            f"SELECT {quoted(SESSION_COLUMNS)} FROM sessions WHERE {where} "
             "ORDER BY last_seen_at DESC, id DESC LIMIT ?",
             (*values, limit),
         )
 
     def session(self, session_id: str) -> dict[str, Any] | None:
         """Return one session, or None."""
-        sql = f"SELECT {_quoted(SESSION_COLUMNS)} FROM sessions WHERE id = ?"
-        return next(iter(self._query(sql, (session_id,))), None)
+        sql = f"SELECT {quoted(SESSION_COLUMNS)} FROM sessions WHERE id = ?"
+        return self._one(sql, (session_id,))
 
     def exchanges(
         self, limit: int = 50, before: str | None = None, session_id: str | None = None
     ) -> list[dict[str, Any]]:
         """Return exchanges, newest first; `before` is the id of the last one already had."""
-        where, values = _where({"session_id": session_id})
+        where, values = matching({"session_id": session_id})
         if before is not None:
             where += " AND (started_at, id) < (SELECT started_at, id FROM exchanges WHERE id = ?)"
             values = (*values, before)
         return self._query(
-            f"SELECT {_quoted(EXCHANGE_COLUMNS)} FROM exchanges WHERE {where} "
+            f"SELECT {quoted(EXCHANGE_COLUMNS)} FROM exchanges WHERE {where} "
             "ORDER BY started_at DESC, id DESC LIMIT ?",
             (*values, limit),
         )
@@ -94,8 +91,7 @@ class StoreReader:
     def attempts(self, exchange_id: str) -> list[dict[str, Any]]:
         """Return the upstream requests of one exchange, in their order."""
         return self._query(
-            f"SELECT {_quoted(ATTEMPT_COLUMNS)} FROM attempts WHERE exchange_id = ? "
-            "ORDER BY number",
+            f"SELECT {quoted(ATTEMPT_COLUMNS)} FROM attempts WHERE exchange_id = ? ORDER BY number",
             (exchange_id,),
         )
 
@@ -109,9 +105,10 @@ class StoreReader:
         Keys: those of `_SUMS`, and `by_provider`, `by_model` and `by_day` (local date, ISO), each a
         dict of name -> the same sums. A sum is None where no exchange had the number; `unpriced`
         says how many requests with tokens are missing from `cost_usd`, `mended` in how many
-        replies something was mended.
+        replies something was mended. `saved_usd` is net: `gross_saved_usd` without `lost_usd` and
+        `spent_usd`.
         """
-        where, values = _where({"session_id": session_id})
+        where, values = matching({"session_id": session_id})
         if since is not None:
             where, values = f"{where} AND started_at >= ?", (*values, since)
         groups = self._query(
@@ -135,9 +132,9 @@ class StoreReader:
 
         The rows are those of the moment of the call, read as they are asked for.
         """
-        where, values = _where({"session_id": session_id})
+        where, values = matching({"session_id": session_id})
         return self._stream(
-            f"SELECT {_quoted(EXCHANGE_COLUMNS)} FROM exchanges WHERE {where} "
+            f"SELECT {quoted(EXCHANGE_COLUMNS)} FROM exchanges WHERE {where} "
             "ORDER BY started_at, id",
             values,
         )
@@ -145,7 +142,7 @@ class StoreReader:
     def conversations(self, limit: int) -> Iterator[dict[str, Any]]:
         """Yield digest, session_id, key_hash and seen_at of known conversations, newest first."""
         return self._stream(
-            f"SELECT {_quoted(CONVERSATION_COLUMNS)} FROM conversations "
+            f"SELECT {quoted(CONVERSATION_COLUMNS)} FROM conversations "
             "ORDER BY seen_at DESC LIMIT ?",
             (limit,),
         )
@@ -157,45 +154,6 @@ class StoreReader:
             "count(*) AS requests, max(started_at) AS last_seen_at FROM exchanges "
             f"WHERE {_MODEL} IS NOT NULL GROUP BY 1, 2 ORDER BY last_seen_at DESC"
         )
-
-    def _query(self, sql: str, values: Sequence[object] = ()) -> list[dict[str, Any]]:
-        return list(self._stream(sql, values))
-
-    def _stream(self, sql: str, values: Sequence[object]) -> Iterator[dict[str, Any]]:
-        # Not a generator itself, so that a database that cannot be read fails at the call, before
-        # the caller has sent a header.
-        with self._errors():
-            db = connect(self.path, timeout_s=READ_TIMEOUT_S, read_only=True)
-            try:
-                widen(db)
-                rows = db.query(sql, values)
-            except BaseException:
-                db.close()
-                raise
-        return self._rows(db, rows)
-
-    def _rows(self, db: Database, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        try:
-            with self._errors():
-                yield from rows
-        finally:
-            db.close()
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise StoreError(f"{self.path} cannot be read: {error}") from error
-
-
-def _quoted(columns: Sequence[str]) -> str:
-    return ", ".join(f'"{column}"' for column in columns)
-
-
-def _where(filters: dict[str, str | None]) -> tuple[str, tuple[object, ...]]:
-    wanted = {column: value for column, value in filters.items() if value is not None}
-    return " AND ".join(["1", *(f"{column} = ?" for column in wanted)]), tuple(wanted.values())
 
 
 def _no_sums() -> dict[str, Any]:

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 from sqlite_utils import Database
 
-from kimi_core.store_schema import (
+from kimi_core.store import masks, summaries
+from kimi_core.store.rows import Row, Value, replace, upsert
+from kimi_core.store.schema import (
     ATTEMPT_COLUMNS,
     CONVERSATION_COLUMNS,
     EXCHANGE_COLUMNS,
@@ -19,11 +21,8 @@ from kimi_core.store_schema import (
 
 logger = logging.getLogger(__name__)
 
-Value = str | bytes | int | float | None
-Row = tuple[str, tuple[Value, ...]]  # table, values in the order of its columns
-
 _COUNTED = ("exchanges", "input_tokens", "output_tokens", "saved_tokens")
-_MONEY = ("cost_usd", "saved_usd")
+_MONEY = ("cost_usd", "saved_usd", "lost_usd", "spent_usd")
 
 # What one value that cannot be stored raises. IntegrityError: null where it must not be;
 # ProgrammingError and InterfaceError: a type that SQLite has not; TypeError: an unhashable id.
@@ -38,27 +37,10 @@ _BAD_VALUE = (
 )
 
 
-def _quoted(columns: Sequence[str]) -> str:
-    return ", ".join(f'"{column}"' for column in columns)
-
-
-def _upsert(table: str, columns: Sequence[str], key: Sequence[str], updates: Sequence[str]) -> str:
-    marks = ", ".join("?" * len(columns))
-    return (
-        f"INSERT INTO {table} ({_quoted(columns)}) VALUES ({marks}) "
-        f"ON CONFLICT ({_quoted(key)}) DO UPDATE SET {', '.join(updates)}"
-    )
-
-
-def _replace(table: str, columns: Sequence[str], key: Sequence[str]) -> str:
-    updates = [f'"{column}" = excluded."{column}"' for column in columns if column not in key]
-    return _upsert(table, columns, key, updates)
-
-
-_EXCHANGE_SQL = _replace("exchanges", EXCHANGE_COLUMNS, ("id",))
-_ATTEMPT_SQL = _replace("attempts", ATTEMPT_COLUMNS, ("exchange_id", "number"))
-_CONVERSATION_SQL = _replace("conversations", CONVERSATION_COLUMNS, ("digest",))
-_SESSION_SQL = _upsert(
+_EXCHANGE_SQL = replace("exchanges", EXCHANGE_COLUMNS, ("id",))
+_ATTEMPT_SQL = replace("attempts", ATTEMPT_COLUMNS, ("exchange_id", "number"))
+_CONVERSATION_SQL = replace("conversations", CONVERSATION_COLUMNS, ("digest",))
+_SESSION_SQL = upsert(
     "sessions",
     SESSION_COLUMNS,
     ("id",),
@@ -105,19 +87,23 @@ _FOR_SESSION = operator.itemgetter(
             "cost_usd",
             "saved_tokens",
             "saved_usd",
+            "lost_usd",
+            "spent_usd",
         )
     )
 )
 _OLD_SQL = (
     'SELECT session_id, "gen_ai.usage.input_tokens", "gen_ai.usage.output_tokens", saved_tokens, '
-    "cost_usd, saved_usd FROM exchanges WHERE session_id IS NOT NULL AND id IN ({})"
+    "cost_usd, saved_usd, lost_usd, spent_usd FROM exchanges "
+    "WHERE session_id IS NOT NULL AND id IN ({})"
 )
 _UNCOUNT_SQL = (
     "UPDATE sessions SET exchanges = exchanges - 1, "
     "input_tokens = input_tokens - ifnull(?2, 0), "
     "output_tokens = output_tokens - ifnull(?3, 0), "
     "saved_tokens = saved_tokens - ifnull(?4, 0), "
-    "cost_usd = cost_usd - ifnull(?5, 0), saved_usd = saved_usd - ifnull(?6, 0) WHERE id = ?1"
+    "cost_usd = cost_usd - ifnull(?5, 0), saved_usd = saved_usd - ifnull(?6, 0), "
+    "lost_usd = lost_usd - ifnull(?7, 0), spent_usd = spent_usd - ifnull(?8, 0) WHERE id = ?1"
 )
 
 
@@ -130,6 +116,7 @@ def write(db: Database, rows: Sequence[Row]) -> int:
     Raises sqlite3.Error when the database cannot be written; then nothing is.
     """
     try:
+        rows = masks.packed(db.conn, rows)
         with immediate(db):
             _apply(db, rows)
     except _BAD_VALUE:
@@ -165,36 +152,44 @@ def _storable(table: str, value: object) -> Value:
 
 def _apply(db: Database, rows: Sequence[Row]) -> None:
     conn = db.conn
-    exchanges: dict[Value, tuple[Value, ...]] = {}
-    sessions: list[tuple[Value, ...]] = []
-    attempts: list[tuple[Value, ...]] = []
-    conversations: list[tuple[Value, ...]] = []
+    tables: dict[str, list[tuple[Value, ...]]] = {}
     for table, values in rows:
-        if table == "exchanges":
-            exchanges[values[_ID]] = values
-        elif table == "attempts":
-            attempts.append(values)
-        elif table == "conversations":
-            conversations.append(values)
-        else:
-            sessions.append(values)
-    if exchanges:
-        ids = list(exchanges)
-        old = conn.execute(_OLD_SQL.format(",".join("?" * len(ids))), ids).fetchall()
-        conn.executemany(_UNCOUNT_SQL, old)
-        conn.executemany(_EXCHANGE_SQL, list(exchanges.values()))
-        sessions += [
-            _session_of(values) for values in exchanges.values() if values[_SESSION] is not None
-        ]
+        tables.setdefault(table, []).append(values)
+    sessions = tables.get("sessions", [])
+    if "exchanges" in tables:
+        sessions = sessions + _write_exchanges(conn, tables["exchanges"])
     conn.executemany(_SESSION_SQL, sessions)
-    conn.executemany(_ATTEMPT_SQL, attempts)
-    conn.executemany(_CONVERSATION_SQL, conversations)
+    for table, sql in (("attempts", _ATTEMPT_SQL), ("conversations", _CONVERSATION_SQL)):
+        if table in tables:
+            conn.executemany(sql, tables[table])
+    if "masks" in tables:
+        masks.write(conn, tables["masks"])
+    if "decisions" in tables:
+        masks.write_decisions(conn, tables["decisions"])
+    if not tables.keys().isdisjoint(summaries.SQL):
+        # What becomes of a summary depends on what was done to it before.
+        for table, values in rows:
+            if table in summaries.SQL:
+                conn.execute(summaries.SQL[table], values)
+
+
+def _write_exchanges(
+    conn: sqlite3.Connection, rows: Sequence[tuple[Value, ...]]
+) -> list[tuple[Value, ...]]:
+    """Write the exchanges, and return what they add to their sessions."""
+    exchanges = {values[_ID]: values for values in rows}
+    ids = list(exchanges)
+    old = conn.execute(_OLD_SQL.format(",".join("?" * len(ids))), ids).fetchall()
+    conn.executemany(_UNCOUNT_SQL, old)
+    conn.executemany(_EXCHANGE_SQL, list(exchanges.values()))
+    return [_session_of(values) for values in exchanges.values() if values[_SESSION] is not None]
 
 
 def _session_of(values: tuple[Value, ...]) -> tuple[Value, ...]:
     """Return what an exchange adds to its session, in the order of SESSION_COLUMNS."""
     (session_id, started_at, ended_at, key_hash, project, client, operation, kind, provider,
      asked, answered, window, input_tokens, output_tokens, cost_usd, saved_tokens, saved_usd,
+     lost_usd, spent_usd,
     ) = _FOR_SESSION(values)  # fmt: skip
     model: Value = answered or asked
     context_tokens: Value = input_tokens
@@ -205,5 +200,5 @@ def _session_of(values: tuple[Value, ...]) -> tuple[Value, ...]:
     return (
         session_id, None, started_at, started_at if ended_at is None else ended_at, key_hash,
         project, client, provider, model, None, context_tokens, window, 1, input_tokens or 0,
-        output_tokens or 0, cost_usd, saved_tokens or 0, saved_usd,
+        output_tokens or 0, cost_usd, saved_tokens or 0, saved_usd, lost_usd, spent_usd,
     )  # fmt: skip
