@@ -5,9 +5,8 @@ from collections.abc import Awaitable
 from mitmproxy import http
 from mitmproxy.addonmanager import Loader
 
-from kimi_core import enforcement, flows
+from kimi_core import attempts, enforcement, flows
 from kimi_core.flows import Rank
-from kimi_core.stages import StageRank
 
 
 class Enforcer:
@@ -40,14 +39,9 @@ class Enforcer:
         if said is None or not said.ensure_tool_call:
             return
         max_attempts = flows.suite().rules.ensure_tool_call_max_attempts
-        turn = enforcement.prepare(exchange.document, exchange.dialect, max_attempts)
-        if turn is None:
-            return
-        exchange.stages.append(
-            (StageRank.ENFORCE, lambda attempt: enforcement.stage(turn, attempt.dialect))
-        )
-        if max_attempts > 1:
-            exchange.job = enforcement.attempts(exchange, turn)
+        decider = enforcement.prepare(exchange.document, exchange.dialect, max_attempts)
+        if decider is not None:
+            attempts.join(exchange, decider, asks_again=max_attempts > 1)
 
     @flows.step(Rank.ENFORCE)
     @flows.fail_open
@@ -66,7 +60,7 @@ class Enforcer:
 
     def _label(self, flow: http.HTTPFlow) -> None:
         exchange = flows.exchange(flow)
-        if exchange is None or all(rank != StageRank.ENFORCE for rank, _ in exchange.stages):
+        if exchange is None or exchange.turn is None:
             return
         flow.metadata["kimi.attempts"] = len(exchange.attempts)
         if rejected := [one.rejected for one in exchange.attempts if one.rejected]:

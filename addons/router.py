@@ -3,6 +3,7 @@
 import logging
 import weakref
 from collections.abc import Awaitable, Callable
+from functools import partial
 from urllib.parse import quote, unquote_plus, urlsplit
 
 from mitmproxy import http
@@ -298,7 +299,10 @@ class Dispatch:
                 put["content-length"] = str(len(body))
         if drop or put:
             flows.change_headers(flow.request, drop=drop, put=put)
-        return self._relay(flow) if exchange.job is not None else None
+        if exchange.job is not None:
+            return self._relay(flow)
+        flows.get_ready(flow)
+        return None
 
     @flows.fail_closed
     async def _relay(self, flow: http.HTTPFlow) -> None:
@@ -311,7 +315,8 @@ class Dispatch:
                 and (exchange := flows.exchange(came)) is not None
                 and exchange.job is not None
             ):
-                await exchange.job(_as_sent(came, exchange.route))(client, writer)
+                adapt = partial(flows.prepared, came, exchange)
+                await exchange.job(_as_sent(came, exchange.route), adapt)(client, writer)
 
         await flows.send_by_relay(flow, job)
 

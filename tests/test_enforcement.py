@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,23 +13,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_core import dialects
+from kimi_core.attempts import Call, Turn, stage
+from kimi_core.attempts.turn import add
 from kimi_core.dialects import Dialect
 from kimi_core.document import Document
-from kimi_core.enforcement import Enforcement, prepare, stage
+from kimi_core.enforcement import Enforcement, prepare
 from kimi_core.enforcement.request import INSTRUCTION
-from kimi_core.enforcement.turn import Call, add, answer
-from kimi_core.exchange import Reply as Read
-from kimi_core.pipe import whole
 from kimi_core.sse import SSE, Event
-from upstream import Received, Reply, TokenUsage
-from upstream.render import render
+from playing import (
+    assert_one_stream_of_blocks,
+    assert_one_stream_of_chunks,
+    payloads,
+    play,
+    rendered,
+)
+from upstream import Reply, TokenUsage
 
 REMINDER = (
     "The client will not continue unless you reply with a tool call. Use the available tools for "
     'work and call "done" when you are done.'
 )
 BOTH = pytest.mark.parametrize("dialect", [dialects.OPENAI, dialects.ANTHROPIC], ids=["o", "a"])
-_PATHS = {"openai": "/v1/chat/completions", "anthropic": "/v1/messages"}
 
 
 # --- the request -----------------------------------------------------------------------
@@ -53,9 +58,20 @@ def body_of(dialect: Dialect, *messages: bytes, more: bytes = b"", tools: bytes 
     return b'{"model":"m", "tools":%s,"messages":[ %s ],"big":1E+2%s}' % (tools, listed, more)
 
 
-def prepared(body: bytes, dialect: Dialect) -> tuple[Enforcement | None, bytes]:
+def prepared(body: bytes, dialect: Dialect) -> tuple[Turn | None, bytes]:
     document = Document(body, dialect.shape)
-    return prepare(document, dialect, 3), document.encode()
+    made = prepare(document, dialect, 3)
+    return (Turn(made) if made else None), document.encode()
+
+
+def name_of(turn: Turn) -> str:
+    (enforcement,) = turn.deciders
+    assert isinstance(enforcement, Enforcement)
+    return enforcement.name
+
+
+def again(turn: Turn, body: bytes, dialect: Dialect) -> bytes:
+    return asyncio.run(turn.next_body(body, dialect))
 
 
 @BOTH
@@ -63,7 +79,7 @@ def test_done_is_offered_last_and_asked_for_in_a_last_message(dialect: Dialect) 
     body = body_of(dialect)
     turn, sent = prepared(body, dialect)
     assert turn is not None
-    assert turn.name == "done"
+    assert name_of(turn) == "done"
     asked = json.loads(sent)
     done = asked["tools"].pop()
     if dialect is dialects.OPENAI:
@@ -170,9 +186,9 @@ def test_a_client_with_a_done_of_its_own_keeps_it() -> None:
     own = b'[{"type":"function","function":{"name":"done"}}]'
     turn, sent = prepared(body_of(dialects.OPENAI, tools=own), dialects.OPENAI)
     assert turn is not None
-    assert turn.name == "finish_turn"
-    assert not turn.ends_turn("done")
-    assert turn.ends_turn("finish_turn")
+    assert name_of(turn) == "finish_turn"
+    assert not turn.hides("done")
+    assert turn.hides("finish_turn")
     asked = json.loads(sent)
     assert [tool["function"]["name"] for tool in asked["tools"]] == ["done", "finish_turn"]
     assert '"finish_turn"' in asked["messages"][-1]["content"]
@@ -197,7 +213,7 @@ def test_where_the_client_requires_a_call_no_way_around_it_is_offered(
     assert sent is body
     results = play(turn, dialect, [Reply(text="No"), Reply(tool_calls=(BASH,))])
     assert results.rejected == ["no_tool_call"]
-    reminder = json.loads(turn.ask_again(sent, dialect))["messages"][-1]["content"]
+    reminder = json.loads(again(turn, sent, dialect))["messages"][-1]["content"]
     assert reminder in REMINDER.replace("tools for", "tools.")
     assert "done" not in reminder
 
@@ -212,85 +228,8 @@ def done(arguments: str = "{}", name: str = "done") -> tuple[str, str, str]:
     return ("call_9", name, arguments)
 
 
-@dataclass
-class Played:
-    """What the client got of a number of attempts, and why each but the last was rejected."""
-
-    body: bytes
-    rejected: list[str]
-    read: Read
-
-    @property
-    def calls(self) -> list[tuple[str, str]]:
-        return [(call.name, call.arguments or "{}") for call in self.read.tool_calls]
-
-    @property
-    def text(self) -> str:
-        return "".join(self.read.text)
-
-
-def rendered(
-    reply: Reply, dialect: Dialect, *, stream: bool, number: int = 0, provider: str = ""
-) -> bytes:
-    """Return the bytes of a reply as the provider sends them."""
-    asked: dict[str, Any] = {"model": "m", "stream": stream}
-    if provider != "mistral":  # which refuses it, and tells usage unasked
-        asked["stream_options"] = {"include_usage": True}
-    received = Received(
-        method="POST",
-        scheme="https",
-        authority="api.anthropic.com" if dialect is dialects.ANTHROPIC else "api.openai.com",
-        path=_PATHS[dialect.name],
-        query="",
-        headers=[],
-        body=json.dumps(asked).encode(),
-        http_version="HTTP/1.1",
-    )
-    made = render(received, replace(reply, provider=provider or None), number)
-    return made.body if made.events is None else b"".join(made.events)
-
-
-def play(
-    turn: Enforcement,
-    dialect: Dialect,
-    replies: Sequence[Reply | bytes],
-    *,
-    stream: bool = True,
-    cut: int = 0,
-    provider: str = "",
-) -> Played:
-    """Let the replies come one after the other, for as long as they are asked for."""
-    out: list[bytes] = []
-    rejected: list[str] = []
-    for number, reply in enumerate(replies):
-        body = reply
-        if isinstance(reply, Reply):
-            body = rendered(reply, dialect, stream=stream, number=number, provider=provider)
-        assert isinstance(body, bytes)
-        through = stage(turn, dialect)
-        if stream:
-            framing = SSE()
-            pieces = [body] if not cut else [body[i : i + cut] for i in range(0, len(body), cut)]
-            events = [event for piece in pieces for event in framing.feed(piece)]
-            events += framing.end()
-            out += [one.raw for event in events for one in through.feed(event)]
-            out += [one.raw for one in through.end()]
-        else:
-            out.append(whole("x", [through], body))
-        if not turn.rejected:
-            break
-        rejected.append(turn.rejected)
-    reader = dialect.reader()
-    if stream:
-        for event in SSE().feed(b"".join(out)):
-            reader.feed(event.data)
-    else:
-        reader.feed(b"".join(out))
-    return Played(b"".join(out), rejected, reader.finish())
-
-
-def turn_of(max_attempts: int = 3, *declared: str) -> Enforcement:
-    return Enforcement("done", declared or ("bash", "list_files"), max_attempts)
+def turn_of(max_attempts: int = 3, *declared: str) -> Turn:
+    return Turn(Enforcement("done", declared or ("bash", "list_files"), max_attempts))
 
 
 STOPS = {
@@ -454,46 +393,6 @@ def test_what_the_client_gets_of_all_attempts(case: Case, stream: bool, dialect:
             assert_one_stream_of_blocks(played.body)
 
 
-def payloads(body: bytes) -> list[Any]:
-    events = [event for event in SSE().feed(body) if event.data and event.data != b"[DONE]"]
-    return [json.loads(event.data) for event in events]
-
-
-def assert_one_stream_of_chunks(body: bytes) -> None:
-    chunks = payloads(body)
-    assert len({(c["id"], c["model"], c["created"], c["object"]) for c in chunks}) == 1
-    choices = [choice for chunk in chunks for choice in chunk["choices"]]
-    assert [choice["delta"].get("role") for choice in choices][1:].count("assistant") == 0
-    assert choices[0]["delta"]["role"] == "assistant"
-    assert [c["finish_reason"] for c in choices if c["finish_reason"]] == [
-        choices[-1]["finish_reason"]
-    ]
-    assert [bool(chunk.get("usage")) for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
-    indexes = [call["index"] for c in choices for call in c["delta"].get("tool_calls", ())]
-    assert sorted(set(indexes)) == list(range(len(set(indexes))))
-    assert indexes == sorted(indexes)
-
-
-def assert_one_stream_of_blocks(body: bytes) -> None:
-    events = [event for event in payloads(body) if event["type"] != "ping"]
-    types = [event["type"] for event in events]
-    assert types[0] == "message_start"
-    assert types[-2:] == ["message_delta", "message_stop"]
-    assert {types.count(name) for name in ("message_start", "message_delta", "message_stop")} == {1}
-    open_block, number = False, -1
-    for event in events[1:-2]:
-        if event["type"] == "content_block_start":
-            assert not open_block
-            open_block, number = True, number + 1
-        assert open_block
-        assert event["index"] == number
-        if event["type"] == "content_block_stop":
-            open_block = False
-    assert not open_block
-    for event in SSE().feed(body):
-        assert event.type == json.loads(event.data)["type"]
-
-
 @BOTH
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 @pytest.mark.parametrize(
@@ -601,7 +500,7 @@ def piece(index: int, name: str | None = None, arguments: str = "", id: str = ""
 DONE = b"data: [DONE]\n\n"
 
 
-def fed(turn: Enforcement, *events: bytes) -> list[bytes]:
+def fed(turn: Turn, *events: bytes) -> list[bytes]:
     """Return what comes out at once for each event, and last what comes at the end."""
     through = stage(turn, dialects.OPENAI)
     out = [
@@ -809,11 +708,11 @@ def test_the_next_request_begins_with_the_bytes_of_the_last(dialect: Dialect) ->
     turn, sent = prepared(body_of(dialect), dialect)
     assert turn is not None
     play(turn, dialect, [Reply(text="I will look.", reasoning="Hm.")])
-    again = turn.ask_again(sent, dialect)
+    second = again(turn, sent, dialect)
     end = sent.index(b" ],", sent.index(b"messages"))
-    assert again.startswith(sent[:end] + b",{")
-    assert again.endswith(sent[end:])
-    said, reminder = json.loads(again)["messages"][-2:]
+    assert second.startswith(sent[:end] + b",{")
+    assert second.endswith(sent[end:])
+    said, reminder = json.loads(second)["messages"][-2:]
     assert reminder == {"role": "user", "content": REMINDER}
     if dialect is dialects.OPENAI:
         assert said == {
@@ -827,9 +726,9 @@ def test_the_next_request_begins_with_the_bytes_of_the_last(dialect: Dialect) ->
         assert said == {"role": "assistant", "content": [thought, text]}
     # And once more, after a reply that says nothing: such a message would be refused.
     play(turn, dialect, [Reply(text="")], stream=False)
-    last = turn.ask_again(again, dialect)
+    last = again(turn, second, dialect)
     assert json.loads(last)["messages"] == [
-        *json.loads(again)["messages"],
+        *json.loads(second)["messages"],
         {"role": "user", "content": REMINDER},
     ]
 
@@ -839,7 +738,7 @@ def test_thinking_goes_back_in_the_field_it_came_in() -> None:
     assert turn is not None
     reply = Reply(text="So.", reasoning="Hm.")
     play(turn, dialects.OPENAI, [reply], stream=False, provider="groq")
-    said = json.loads(turn.ask_again(sent, dialects.OPENAI))["messages"][-2]
+    said = json.loads(again(turn, sent, dialects.OPENAI))["messages"][-2]
     assert said == {"role": "assistant", "content": "So.", "reasoning": "Hm."}
 
 
@@ -849,7 +748,7 @@ def test_a_done_without_an_answer_is_asked_for_the_answer(dialect: Dialect) -> N
     assert turn is not None
     played = play(turn, dialect, [Reply(tool_calls=(done(),))])
     assert played.rejected == ["no_answer"]
-    asked = json.loads(turn.ask_again(sent, dialect))["messages"]
+    asked = json.loads(again(turn, sent, dialect))["messages"]
     assert asked[:-1] == json.loads(sent)["messages"]
     assert "answer" in asked[-1]["content"]
     assert asked[-1]["content"] != REMINDER
@@ -886,8 +785,8 @@ def test_attempts_are_limited(attempts: int) -> None:
     ],
 )
 def test_names_that_end_a_turn(name: str, ends: bool) -> None:
-    assert turn_of().ends_turn(name) == ends
-    assert not turn_of(3, name).ends_turn(name)
+    assert turn_of().hides(name) == ends
+    assert not turn_of(3, name).hides(name)
 
 
 @pytest.mark.parametrize(
@@ -913,9 +812,10 @@ def test_names_that_end_a_turn(name: str, ends: bool) -> None:
     ],
 )
 def test_answers_are_found(arguments: str, said: str) -> None:
-    call = Call(turn_of(), "done")
+    turn = turn_of()
+    call = Call(turn, "done")
     call.add(arguments)
-    assert answer([call]) == said
+    assert turn.deciders[0].answer([call]) == said
 
 
 def test_usage_is_added_at_every_depth() -> None:

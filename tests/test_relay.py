@@ -1091,7 +1091,7 @@ class Twice:
         pass
 
 
-def make(request):
+def make(request, adapt):
     async def job(client, writer):
         if b"fail at once" in request.body:
             raise RuntimeError(request.body)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from kimi_core.attempts.turn import Turn
     from kimi_core.context import Context
     from kimi_core.dialects import Dialect
     from kimi_core.document import Document
@@ -29,6 +30,21 @@ MendKind = Literal[
 SavingKind = Literal["reference", "cut", "compression"]
 SpendingKind = Literal["summary", "recall"]
 Rewrite = Literal["", "compression", "revocation", "flush", "bypass"]
+Breaker = Literal[
+    "",
+    "client",
+    "tools",
+    "system",
+    "model",
+    "provider",
+    "compression",
+    "revocation",
+    "flush",
+    "bypass",
+    "proxy",
+]
+
+Adapt = Callable[[bytes], bytes]
 
 CATEGORIES: tuple[Category, ...] = (
     "system",
@@ -222,9 +238,11 @@ class Exchange:
 
     stages: list[tuple[int, Callable[[Attempt], Stage]]] = field(default_factory=list)
     """Makes what the reply to each upstream request passes through, in the order of the ranks."""
-    job: Callable[[Request], Job] | None = None
-    """Makes the relay's job out of the request as Dispatch would send it; None: one request,
-    sent by mitmproxy itself."""
+    job: Callable[[Request, Adapt], Job] | None = None
+    """Makes the relay's job out of the request as Dispatch would send it, and of what makes
+    another body as fit to be sent; None: one request, sent by mitmproxy itself."""
+    turn: Turn | None = None
+    """Who decides whether a reply is enough, where several requests may be needed for one."""
     attempts: list[Attempt] = field(default_factory=list)
     mends: list[Mend] = field(default_factory=list)
 
@@ -254,7 +272,17 @@ class Exchange:
     rewrite: Rewrite = ""
     """Why what was sent before is sent in another way now, which voids the provider's cache."""
     saved_tokens: int = 0
-    saved_usd: float = 0.0
+    """Tokens that did not leave, by o200k; 0 when the exchange was not billed."""
+    saved_usd: float | None = None
+    """Net: `gross_saved_usd` without the next two; all None while, or where, no price is known."""
+    gross_saved_usd: float | None = None
+    lost_usd: float | None = None
+    spent_usd: float | None = None
+    cache_break: int | None = None
+    """The first message, from 1, that did not leave as in the request before, so that the
+    provider's cache ends there; 0: something before the messages, or the model."""
+    cache_break_by: Breaker = ""
+    """Who or what it was; "provider" without a message: the cache had expired."""
     hide_usage: bool = False
     """We asked for usage in the stream, the client did not: it must not see the answer."""
 

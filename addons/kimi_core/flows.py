@@ -94,6 +94,7 @@ class Suite:
         self.hosts: frozenset[str] = frozenset()
         self.relay: relay.Relay | None = None
         """Answers the exchanges that have a job; made for the first of them."""
+        self._client: relay.Client | None = None
         self.relayed: WeakValueDictionary[str, http.HTTPFlow] = WeakValueDictionary()
         """The flows on their way to the relay, by one-time host name."""
 
@@ -147,8 +148,18 @@ class Suite:
                 logger.error("%s", error)
         if "kimi_hosts" in updated:
             self.hosts = frozenset(host.strip().lower() for host in ctx.options.kimi_hosts)
-        if self.relay is not None and updated & _UPSTREAM_OPTIONS:
-            self.relay.client.settings = _upstream_settings()
+        if updated & _UPSTREAM_OPTIONS:
+            if self.relay is not None:
+                self.relay.client.settings = _upstream_settings()
+            if self._client is not None:
+                self._client.settings = _upstream_settings()
+
+    @property
+    def client(self) -> relay.Client:
+        """Return what sends requests of our own, as mitmproxy itself would reach a provider."""
+        if self._client is None:
+            self._client = relay.Client(_upstream_settings())
+        return self._client
 
     async def start_relay(self) -> relay.Relay:
         """Return the relay, listening. Raises OSError."""
@@ -162,6 +173,9 @@ class Suite:
         return self.relay
 
     def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
         if self._store is not None:
             store.release(self._store)
             self._store = self._sessions = None
@@ -458,18 +472,18 @@ def _guarded(handler: Any, block: Callable[[http.HTTPFlow, str], None] | None) -
     if inspect.iscoroutinefunction(handler):
 
         @functools.wraps(handler)
-        async def guarded_async(self: Any, flow: http.HTTPFlow) -> None:
+        async def guarded_async(self: Any, flow: http.HTTPFlow, *more: Any) -> None:
             try:
-                await handler(self, flow)
+                await handler(self, flow, *more)
             except Exception as error:
                 fail(flow, error)
 
         return guarded_async
 
     @functools.wraps(handler)
-    def guarded(self: Any, flow: http.HTTPFlow) -> Any:
+    def guarded(self: Any, flow: http.HTTPFlow, *more: Any) -> Any:
         try:
-            return handler(self, flow)
+            return handler(self, flow, *more)
         except Exception as error:
             fail(flow, error)
             return None
@@ -570,6 +584,19 @@ def prepare(flow: http.HTTPFlow, exchange: Exchange) -> None:
         except Exception as error:
             exchange.document.restore(edits)
             logger.warning("%s: the request is sent unedited: %s", flow.id, type(error).__name__)
+
+
+def prepared(flow: http.HTTPFlow, exchange: Exchange, body: bytes) -> bytes:
+    """Return the body of a later attempt with the same done to it.
+
+    What stood in the body of the first one is as its target wants it, and keeps its bytes.
+    """
+    first, exchange.document = exchange.document, Document(body, exchange.dialect.shape)
+    try:
+        prepare(flow, exchange)
+        return exchange.document.encode()
+    finally:
+        exchange.document = first
 
 
 def live_exchanges() -> list[tuple[http.HTTPFlow, Exchange]]:
@@ -892,6 +919,15 @@ def _make_stages(flow: http.HTTPFlow, state: _State, exchange: Exchange) -> None
             add_stage(flow, make(attempt))
         except Exception as error:
             logger.warning("%s: a stage cannot be made: %s", flow.id, type(error).__name__)
+
+
+def get_ready(flow: http.HTTPFlow) -> None:
+    """Make what the reply will pass through, once the request is on its way."""
+    state = _state(flow)
+    if state.exchange is not None:
+        # In the next turn of the loop, while the provider works, and not when its reply begins.
+        loop = asyncio.get_running_loop()
+        loop.call_soon(_make_stages, flow, state, state.exchange)
 
 
 def is_streamed(flow: http.HTTPFlow) -> bool:

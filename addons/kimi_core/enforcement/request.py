@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from kimi_core import dialects
+from kimi_core.attempts.offer import declared, offer, tool_choice, wants_something_else
 from kimi_core.dialects import Dialect
-from kimi_core.dialects.base import mappings, text
 from kimi_core.document import Document, encode
-from kimi_core.enforcement.turn import Enforcement
+from kimi_core.enforcement.decider import Enforcement
 
 NAMES = ("done", "finish_turn")
 """What the tool may be called: the first by which the client has no tool of its own."""
@@ -39,61 +37,25 @@ def prepare(document: Document, dialect: Dialect, max_attempts: int) -> Enforcem
     """
     if dialect not in (dialects.OPENAI, dialects.ANTHROPIC):
         return None
-    declared = _declared(document)
-    choice = _tool_choice(document)
+    names = declared(document)
+    choice = tool_choice(document)
     if (
         choice not in ("auto", "required")
-        or not declared
+        or not names
         or not document.elements("messages")
-        or _wants_something_else(document, dialect)
+        or wants_something_else(document, dialect)
         or _turn_is_over(document, dialect)
     ):
         return None
     if choice == "required":
-        return Enforcement("", declared, max_attempts)
-    name = next((name for name in NAMES if name not in declared), "")
+        return Enforcement("", names, max_attempts)
+    name = next((name for name in NAMES if name not in names), "")
     if not name:
         return None
+    offer(document, dialect, name, _DESCRIPTION, _PARAMETERS)
     said = INSTRUCTION.format(name=name)
-    document.append_raw(("tools",), encode(_tool(name, dialect)))
     document.append_raw(("messages",), encode({"role": "user", "content": said}))
-    return Enforcement(name, declared, max_attempts)
-
-
-def _tool(name: str, dialect: Dialect) -> dict[str, Any]:
-    if dialect is dialects.ANTHROPIC:
-        return {"name": name, "description": _DESCRIPTION, "input_schema": _PARAMETERS}
-    function = {"name": name, "description": _DESCRIPTION, "parameters": _PARAMETERS}
-    return {"type": "function", "function": function}
-
-
-def _declared(document: Document) -> frozenset[str]:
-    names: set[str] = set()
-    for _, tool in mappings(document.get("tools")):
-        held = tool.get("function") or tool.get("custom") or tool
-        names.add(text(held.get("name")) if isinstance(held, dict) else "")
-    return frozenset(names)
-
-
-def _tool_choice(document: Document) -> str:
-    """Return "auto" or "required"; anything else where the client says more than that."""
-    choice = document.get("tool_choice", "auto")
-    if isinstance(choice, dict) and choice.get("type") in ("auto", "any"):
-        choice = choice["type"]
-    return "required" if choice == "any" else text(choice)
-
-
-def _wants_something_else(document: Document, dialect: Dialect) -> bool:
-    """Tell whether several choices are wanted, or text in JSON: that is an answer in itself."""
-    if dialect is dialects.OPENAI:
-        formats = [document.get("response_format")]
-        if document.get("n", 1) != 1:
-            return True
-    else:
-        config = document.get("output_config")
-        formats = [document.get("output_format")]
-        formats.append(config.get("format") if isinstance(config, dict) else None)
-    return any(isinstance(one, dict) and one.get("type") != "text" for one in formats)
+    return Enforcement(name, names, max_attempts)
 
 
 def _turn_is_over(document: Document, dialect: Dialect) -> bool:

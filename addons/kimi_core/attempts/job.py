@@ -1,4 +1,4 @@
-"""The upstream requests of an exchange that must have a call, one after the other."""
+"""The upstream requests of an exchange, one after the other, until a reply is enough."""
 
 from __future__ import annotations
 
@@ -8,31 +8,46 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from kimi_core import dialects
+from kimi_core.attempts.chat import ChatAttempt
+from kimi_core.attempts.messages import MessagesAttempt
+from kimi_core.attempts.turn import Decider, Turn
 from kimi_core.dialects import Dialect
 from kimi_core.document import NotJSON, decode
-from kimi_core.enforcement.chat import EnforceChat
-from kimi_core.enforcement.messages import EnforceMessages
-from kimi_core.enforcement.turn import Enforcement
-from kimi_core.exchange import Attempt, Exchange
+from kimi_core.exchange import Adapt, Attempt, Exchange
 from kimi_core.keys import SECRET_HEADERS
 from kimi_core.pipe import Pipe, StageFailed, decoder, whole
 from kimi_core.relay import Client, Job, Request, Response, UpstreamFailed, Writer
 from kimi_core.sse import SSE
-from kimi_core.stages import Stage
+from kimi_core.stages import Stage, StageRank
 
-_STAGES = {"openai": EnforceChat, "anthropic": EnforceMessages}
+_STAGES = {"openai": ChatAttempt, "anthropic": MessagesAttempt}
 
 
-def stage(turn: Enforcement, dialect: Dialect) -> Stage:
+def join(exchange: Exchange, decider: Decider, *, asks_again: bool = True) -> None:
+    """Let `decider` have a say in whether a reply to the exchange is enough.
+
+    Who joins first decides first. Without `asks_again` it never finds one not to be enough.
+    """
+    turn = exchange.turn
+    if turn is None:
+        turn = exchange.turn = Turn()
+        stages = exchange.stages
+        stages.append((StageRank.ENFORCE, lambda attempt: stage(turn, attempt.dialect)))
+    turn.deciders.append(decider)
+    if asks_again and exchange.job is None:
+        exchange.job = _jobs(exchange, turn)
+
+
+def stage(turn: Turn, dialect: Dialect) -> Stage:
     """Return what the reply to the next attempt passes through."""
     return _STAGES[dialect.name](turn)
 
 
-def attempts(exchange: Exchange, turn: Enforcement) -> Callable[[Request], Job]:
-    """Return what makes the relay's job: as many requests as the enforcement asks for."""
+def _jobs(exchange: Exchange, turn: Turn) -> Callable[[Request, Adapt], Job]:
+    """Return what makes the relay's job: as many requests as the turn asks for."""
     of = weakref.ref(exchange)  # which will hold what this returns
 
-    def make(request: Request) -> Job:
+    def make(request: Request, adapt: Adapt) -> Job:
         exchange = of()
         assert exchange is not None
 
@@ -44,9 +59,9 @@ def attempts(exchange: Exchange, turn: Enforcement) -> Callable[[Request], Job]:
                 attempt.rejected = turn.rejected
                 if not turn.rejected:
                     return
-                body = _plain_body(exchange, sent)
+                body = await turn.next_body(_plain_body(exchange, sent), attempt.dialect)
                 sent = _with_headers(sent, content_encoding="")
-                sent = sent.with_body(turn.ask_again(body, attempt.dialect))
+                sent = sent.with_body(adapt(body))
 
         return job
 
@@ -56,9 +71,7 @@ def attempts(exchange: Exchange, turn: Enforcement) -> Callable[[Request], Job]:
 class _Asking:
     """One upstream request, and what the client gets of the reply."""
 
-    def __init__(
-        self, exchange: Exchange, turn: Enforcement, attempt: Attempt, writer: Writer
-    ) -> None:
+    def __init__(self, exchange: Exchange, turn: Turn, attempt: Attempt, writer: Writer) -> None:
         self._exchange = exchange
         self._turn = turn
         self._attempt = attempt

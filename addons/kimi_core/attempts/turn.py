@@ -1,31 +1,21 @@
-"""What is known of the attempts of one exchange, and when a reply is enough."""
+"""What is known of the attempts of one exchange, and who decides whether a reply is enough."""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 from kimi_core.dialects import Dialect
-from kimi_core.dialects.base import text
 from kimi_core.document import Document, NotJSON, Path, decode, encode
 from kimi_core.sse import SSE, Event
 from kimi_core.stages import StageRank
 
-REMINDER = (
-    "The client will not continue unless you reply with a tool call. Use the available tools "
-    'for work and call "{name}" when you are done.'
-)
-REMINDER_WITHOUT_NAME = (
-    "The client will not continue unless you reply with a tool call. Use the available tools."
-)
-ANSWER_REMINDER = (
-    'You called "{name}" without an answer. Call it again, with your answer to the user.'
-)
-
-Rejected = Literal["", "no_tool_call", "no_answer"]
+Message = dict[str, Any]
+"""A message of a request, in the dialect of the attempt."""
 
 # These replies were stopped, and would be again.
 _STOPPED = frozenset(
@@ -34,10 +24,6 @@ _STOPPED = frozenset(
         *("max_tokens", "model_context_window_exceeded", "refusal", "pause_turn", "stop_sequence"),
     ]
 )
-_FINISHING = frozenset(
-    ["done", "final", "finalanswer", "finish", "finished", "finishturn", "endturn"]
-)
-_ANSWERS = ("final_answer", "final", "answer", "summary")
 
 
 class Text:
@@ -55,23 +41,62 @@ class Text:
         return "".join(self._pieces)
 
 
-class Enforcement:
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A reply that has come to its end."""
+
+    calls: Sequence[Call]
+    finish_reason: str
+    """In the dialect's own words."""
+    says_something: bool
+    """It has text, or a reply before it had."""
+
+    @property
+    def is_stopped(self) -> bool:
+        return self.finish_reason in _STOPPED
+
+
+class Decider(Protocol):
+    """Decides whether a reply is enough, and says what the model is told when it is not."""
+
+    def hides(self, name: str) -> bool:
+        """Tell whether a call by this name is for us: the client does not get it."""
+        ...
+
+    def decide(self, ending: Ending) -> str:
+        """Return why a reply is not enough; empty when it is, as far as this one knows."""
+        ...
+
+    def answer(self, calls: Sequence[Call]) -> str:
+        """Return what the calls that the client does not get say to the user; mostly nothing."""
+        ...
+
+    def keeps(self, call: Call) -> bool:
+        """Tell whether a call goes back to the model, because `more` has its result."""
+        ...
+
+    async def more(self, kept: Sequence[Call], dialect: Dialect) -> list[Message]:
+        """Return what follows the rejected reply in the next request."""
+        ...
+
+
+class Turn:
     """One exchange, whatever number of attempts it takes: what was said, and what it cost.
 
-    When a reply has ended, `rejected` says why it was not enough; `ask_again` then makes the
+    When a reply has ended, `rejected` says why it was not enough; `next_body` then makes the
     body of the next request out of that of the last.
     """
 
-    def __init__(self, name: str, declared: Iterable[str], max_attempts: int) -> None:
-        self.name = name
-        """What the tool is called; empty when none was offered."""
-        self.max_attempts = max_attempts
-        self.attempts = 0
-        self.rejected: Rejected = ""
+    def __init__(self, *deciders: Decider) -> None:
+        self.deciders = list(deciders)
+        """The first that finds a reply not to be enough has its way."""
+        self.rejected = ""
         self.streamed = False
         """The client has got the beginning of a stream."""
-        self.history: list[dict[str, Any]] = []
+        self.history: list[Message] = []
         """The latest rejected reply, as messages."""
+        self.kept: list[Call] = []
+        """Its calls that are in `history`."""
         self.said: defaultdict[str, Text] = defaultdict(Text)
         """What rejected replies have said, by field, as the client got it."""
         self.usage: dict[Path, Any] = {}
@@ -84,39 +109,35 @@ class Enforcement:
         """How many content blocks of Anthropic's have begun."""
         self.whole_blocks: list[bytes] = []
         """The content blocks of rejected replies that were not streamed, as JSON text."""
-        self._declared = frozenset(declared)
+        self._rejecting: Decider | None = None
 
     def begin(self) -> None:
         """Another attempt begins."""
-        self.attempts += 1
         self.rejected = ""
 
-    def ask_again(self, body: bytes, dialect: Dialect) -> bytes:
-        """Return the next request's body: the last one's bytes, with messages at their end."""
-        wanted = ANSWER_REMINDER if self.rejected == "no_answer" else REMINDER
-        said = wanted.format(name=self.name) if self.name else REMINDER_WITHOUT_NAME
-        document = Document(body, dialect.shape)
-        for message in (*self.history, {"role": "user", "content": said}):
-            document.append_raw(("messages",), encode(message))
-        return document.encode()
-
-    def ends_turn(self, name: str) -> bool:
-        """Tell whether a call by this name is no tool of the client's, but ends the turn."""
-        if name in self._declared:
-            return False
-        bare = _bare(name)
-        return bare.isdigit() or re.sub(r"[^a-z]", "", bare.lower()) in _FINISHING
+    def hides(self, name: str) -> bool:
+        """Tell whether a call by this name is for us."""
+        return any(one.hides(name) for one in self.deciders)
 
     def decide(self, calls: Sequence[Call], finish_reason: str, says_something: bool) -> None:
         """Settle whether a reply that has come to its end is enough."""
-        if any(call.is_real for call in calls) or finish_reason in _STOPPED:
-            return
-        if self.attempts >= self.max_attempts:
-            return
-        if not any(call.ends_turn for call in calls):
-            self.rejected = "no_tool_call"
-        elif not says_something and self.said["content"].is_blank and not answer(calls):
-            self.rejected = "no_answer" if self.name else "no_tool_call"
+        said = says_something or not self.said["content"].is_blank
+        ending = Ending(calls, finish_reason, said)
+        for one in self.deciders:
+            if reason := one.decide(ending):
+                self.rejected, self._rejecting = reason, one
+                self.kept = [call for call in calls if one.keeps(call)]
+                _name_each(self.kept)
+                return
+
+    async def next_body(self, body: bytes, dialect: Dialect) -> bytes:
+        """Return the next request's body: the last one's bytes, with messages at their end."""
+        assert self._rejecting is not None
+        more = await self._rejecting.more(self.kept, dialect)
+        document = Document(body, dialect.shape)
+        for message in (*self.history, *more):
+            document.append_raw(("messages",), encode(message))
+        return document.encode()
 
     def finish_reason(self, calls: Sequence[Call], said: str, *, call: str, stop: str) -> str:
         """Return the reason that the client gets, in the dialect's words for the two."""
@@ -133,9 +154,9 @@ class Enforcement:
         first = piece.lstrip()
         return piece[: len(piece) - len(first)] + "\n\n" + first
 
-    def untold(self, calls: Iterable[Call], said: str) -> str:
+    def untold(self, calls: Sequence[Call], said: str) -> str:
         """Return the answer as text to be added to what was said; empty if it was said there."""
-        found = answer(calls)
+        found = next((found for one in self.deciders if (found := one.answer(calls))), "")
         told = (str(self.said["content"]) + said).rstrip()
         if not found or told.endswith(found.strip()):
             return ""
@@ -149,13 +170,15 @@ class Enforcement:
 class Call:
     """A call in a reply, as far as it has come."""
 
-    __slots__ = ("_arguments", "_turn", "id", "name", "number", "waiting")
+    __slots__ = ("_arguments", "_turn", "extra", "id", "name", "number", "waiting")
 
-    def __init__(self, turn: Enforcement, name: str = "", id: str = "") -> None:
+    def __init__(self, turn: Turn, name: str = "", id: str = "") -> None:
         self._turn = turn
         self._arguments: list[str] = []
         self.name = name
         self.id = id
+        self.extra: dict[str, Any] = {}
+        """What a provider says of it beyond the dialect, and wants to be told again."""
         self.number: int | None = None
         """Its place among the calls that the client gets."""
         self.waiting: list[dict[str, Any]] = []
@@ -169,56 +192,33 @@ class Call:
         return "".join(self._arguments)
 
     @property
-    def is_real(self) -> bool:
-        """It is for the client. One without a name is for nobody."""
-        return bool(self.name) and not self._turn.ends_turn(self.name)
+    def given(self) -> dict[str, Any] | None:
+        """The arguments as an object, {} when there are none; None when they are none."""
+        said = self.arguments.strip()
+        try:
+            value = decode(said.encode("utf-8", "surrogatepass")) if said else {}
+        except NotJSON:
+            return None
+        return value if isinstance(value, dict) else None
 
     @property
-    def ends_turn(self) -> bool:
-        """It says that the work is done. A number with some tool's arguments does not."""
-        if not self.name or self.is_real:
-            return False
-        if not _bare(self.name).isdigit():
-            return True
-        said = self.arguments.strip()
-        return said in ("", "{}", "null") or bool(_answer(said, _ANSWERS))
+    def is_real(self) -> bool:
+        """It is for the client. One without a name is for nobody."""
+        return bool(self.name) and not self._turn.hides(self.name)
 
 
-def _bare(name: str) -> str:
+def _name_each(calls: Iterable[Call]) -> None:
+    """Give calls that share an id, or have none, one of their own: results go by them."""
+    taken: set[str] = set()
+    for number, call in enumerate(calls):
+        if not call.id or call.id in taken:
+            call.id = f"call_{number}_{call.id}".rstrip("_")
+        taken.add(call.id)
+
+
+def bare(name: str) -> str:
+    """Return a tool's name without what Kimi models put round it."""
     return re.sub(r"^functions\.|:\d+$", "", name.strip())
-
-
-def answer(calls: Iterable[Call]) -> str:
-    """Return the answer in the calls that end the turn; empty when there is none."""
-    given = (_answer(call.arguments) for call in calls if call.ends_turn)
-    return next((one for one in given if one), "")
-
-
-def _answer(arguments: str, keys: Sequence[str] | None = None) -> str:
-    """Return the first string that says something, by `keys`, else by any, the known first."""
-    said = arguments.strip()
-    try:
-        value = decode(said.encode("utf-8", "surrogatepass")) if said else None
-    except NotJSON:
-        value = dict(_members(said)) if said.startswith(("{", "[")) else said
-    if isinstance(value, str):
-        return value if value.strip() else ""
-    if not isinstance(value, dict):
-        return ""
-    found = (text(value.get(key)) for key in (keys or (*_ANSWERS, *value)))
-    return next((one for one in found if one.strip()), "")
-
-
-# A string by its key, maybe cut off.
-_MEMBER = re.compile(r'"(\w++)"\s*+:\s*+"((?:[^"\\]|\\.)*+)', re.DOTALL)
-
-
-def _members(broken: str) -> Iterator[tuple[str, str]]:
-    for key, quoted in _MEMBER.findall(broken):
-        try:
-            yield key, text(decode(b'"' + quoted.encode("utf-8", "surrogatepass") + b'"'))
-        except NotJSON:  # a line break that was not escaped
-            yield key, quoted
 
 
 def add(one: Any, other: Any) -> Any:
@@ -237,18 +237,18 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-class EnforceStage(ABC):
-    """Passes a reply on as it comes, but for its end, and for calls that end the turn.
+class AttemptStage(ABC):
+    """Passes a reply on as it comes, but for its end, and for calls that are for us.
 
-    When it is over the Enforcement decides. What is enough gets its end; what is not stays
-    open for the reply to the next attempt.
+    When it is over the Turn decides. What is enough gets its end; what is not stays open for
+    the reply to the next attempt.
     """
 
     rank: int = StageRank.ENFORCE
     reads_only = False
     on_failure: Literal["pass", "end"] = "pass"
 
-    def __init__(self, turn: Enforcement) -> None:
+    def __init__(self, turn: Turn) -> None:
         turn.begin()
         self._turn = turn
         self._continues = turn.streamed

@@ -1,4 +1,4 @@
-"""Replies in the shape of Anthropic's messages, until they have a call."""
+"""Replies in the shape of Anthropic's messages, until one is enough."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from kimi_core.attempts.turn import AttemptStage, Call, Message, Text, Turn, made
 from kimi_core.dialects.base import json_text, mappings, text
-from kimi_core.document import Document, Path, Shape, encode, splice
-from kimi_core.enforcement.turn import Call, Enforcement, EnforceStage, Text, made
+from kimi_core.document import Document, NotJSON, Path, Shape, decode, encode, splice
 from kimi_core.sse import Event
 
 _USAGE: Path = ("usage",)
@@ -20,13 +20,14 @@ _SHAPE = Shape("stop_reason", "usage", arrays=("content",))
 class _Block:
     """A content block as far as it has come; `call` when it is one of the model's."""
 
-    __slots__ = ("call", "content", "number", "said")
+    __slots__ = ("call", "citations", "content", "number", "said")
 
-    def __init__(self, content: dict[str, Any], turn: Enforcement) -> None:
+    def __init__(self, content: dict[str, Any], turn: Turn) -> None:
         self.content = content
         self.number: int | None = None
         """Its place among the blocks that the client gets."""
         self.said: defaultdict[str, Text] = defaultdict(Text)
+        self.citations: list[Any] = []
         self.call: Call | None = None
         if content.get("type") == "tool_use":
             self.call = Call(turn, text(content.get("name")), text(content.get("id")))
@@ -47,24 +48,34 @@ class _Block:
     def add(self, delta: dict[str, Any]) -> None:
         if self.call is not None:
             self.call.add(text(delta.get("partial_json")))
-        for key in ("text", "thinking", "signature"):
+        for key in ("text", "thinking", "signature", "partial_json"):
             if piece := text(delta.get(key)):
                 self.said[key].add(piece)
+        if delta.get("citation"):
+            self.citations.append(delta["citation"])
 
-    def for_history(self) -> list[dict[str, Any]]:
-        type_ = self.content.get("type")
-        if type_ == "text" and self.text:
-            return [{"type": "text", "text": self.text}]
+    def for_history(self, kept: Sequence[Call]) -> list[dict[str, Any]]:
+        """Return it as the model has to get it again: with the signatures of its thinking."""
+        said = {key: value for key, value in self.content.items() if value is not None}
+        type_ = said.get("type")
+        if self.call is not None:
+            input_ = self.call.given or {}
+            return [{**said, "id": self.call.id, "input": input_}] if self.call in kept else []
+        if type_ == "text":
+            cited = {"citations": self.citations} if self.citations else {}
+            # Anthropic: "text content blocks must contain non-whitespace text"
+            return [{**said, "text": self.text, **cited}] if self.text.strip() else []
         if type_ == "thinking":
-            keys = ("thinking", "signature")
-            return [{"type": "thinking", **{key: str(self.said[key]) for key in keys}}]
-        return [self.content] if type_ == "redacted_thinking" else []
+            return [said | {key: str(self.said[key]) for key in ("thinking", "signature")}]
+        if pieces := str(self.said["partial_json"]):  # a call that the provider itself answers
+            return [{**said, "input": _object(pieces)}]
+        return [said]
 
 
-class EnforceMessages(EnforceStage):
-    """Enforces a call in replies of Anthropic's messages."""
+class MessagesAttempt(AttemptStage):
+    """One of several replies of Anthropic's messages that are one to the client."""
 
-    def __init__(self, turn: Enforcement) -> None:
+    def __init__(self, turn: Turn) -> None:
         super().__init__(turn)
         self._blocks: dict[str, _Block] = {}
         self._begun = False  # the client has got some of this attempt's text
@@ -135,12 +146,18 @@ class EnforceMessages(EnforceStage):
         turn, calls, said = self._turn, self._calls(), self._text()
         turn.decide(calls, stop_reason, bool(said.strip()))
         if turn.rejected:
-            content = [one for block in self._blocks.values() for one in block.for_history()]
-            turn.history = [{"role": "assistant", "content": content}] if said.strip() else []
+            turn.history = self._history(said)
             turn.usage[_USAGE] = turn.with_usage(_USAGE, self._usage)
             turn.said["content"].add(turn.spaced("content", said))
             return ""
         return turn.finish_reason(calls, stop_reason, call="tool_use", stop="end_turn")
+
+    def _history(self, said: str) -> list[Message]:
+        kept = self._turn.kept
+        if not said.strip() and not kept:
+            return []
+        content = [one for block in self._blocks.values() for one in block.for_history(kept)]
+        return [{"role": "assistant", "content": content}]
 
     # -- streamed
 
@@ -221,3 +238,11 @@ class EnforceMessages(EnforceStage):
             if block is None or block.is_for_client:
                 kept.append(data)
         return kept
+
+
+def _object(pieces: str) -> dict[str, Any]:
+    try:
+        value = decode(pieces.encode("utf-8", "surrogatepass"))
+    except NotJSON:
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,21 +1,23 @@
-"""Replies in OpenAI's chat.completions shape, until they have a call."""
+"""Replies in OpenAI's chat.completions shape, until one is enough."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from kimi_core.attempts.turn import AttemptStage, Call, Message, Text, Turn, made
 from kimi_core.dialects.base import any_text, mappings, text
 from kimi_core.document import Document, Path, Shape, decode, encode, splice
-from kimi_core.enforcement.turn import Call, Enforcement, EnforceStage, Text, made
 from kimi_core.sse import Event
 
 _REASONING = ("reasoning_content", "reasoning")
 _FIELDS = ("content", *_REASONING)
+_DETAILS = "reasoning_details"
 _USAGES: tuple[Path, ...] = (("usage",), ("choices", 0, "usage"), ("x_groq", "usage"))
 _IDENTITY = ("id", "object", "created", "model")
 _SHAPE = Shape("choices", "usage")
+_OF_A_CALL = ("index", "id", "type", "function", "custom")
 
 
 class _Chunk:
@@ -42,15 +44,16 @@ class _Chunk:
         return _Chunk(made(data, self.event.type), {**self.payload, "choices": [choice]})
 
 
-class EnforceChat(EnforceStage):
-    """Enforces a call in replies of chat.completions."""
+class ChatAttempt(AttemptStage):
+    """One of several replies of chat.completions that are one to the client."""
 
-    def __init__(self, turn: Enforcement) -> None:
+    def __init__(self, turn: Turn) -> None:
         super().__init__(turn)
         self._calls: dict[str, Call] = {}
         self._latest: dict[str, str] = {}
         self._sent_calls = 0
         self._said: defaultdict[str, Text] = defaultdict(Text)
+        self._details: list[dict[str, Any]] = []
         self._begun: set[str] = set()  # the fields of which the client has got something
         self._usage: dict[Path, Any] = {}
         self._held: list[_Chunk | Event] = []
@@ -97,6 +100,7 @@ class EnforceChat(EnforceStage):
         for field in _FIELDS:
             if said := _text(message.get(field)):
                 self._said[field].add(said)
+        self._details += [detail for _, detail in mappings(message.get(_DETAILS))]
         for position, piece in mappings(message.get("tool_calls")):
             call = self._call(position if chunk is None else piece.get("index", position), piece)
             calls.append(call)
@@ -119,6 +123,7 @@ class EnforceChat(EnforceStage):
             if isinstance(function := piece.get(holder), dict):
                 call.name = call.name or text(function.get("name"))
                 call.add(any_text(function.get(key)))
+        call.extra |= {key: value for key, value in piece.items() if key not in _OF_A_CALL}
         return call
 
     def _decide(self, finish_reason: str) -> str:
@@ -135,13 +140,21 @@ class EnforceChat(EnforceStage):
         call = "function_call" if finish_reason == "function_call" else "tool_calls"
         return turn.finish_reason(calls, finish_reason, call=call, stop="stop")
 
-    def _history(self) -> list[dict[str, Any]]:
-        if self._said["content"].is_blank:
+    def _history(self) -> list[Message]:
+        kept = self._turn.kept
+        if self._said["content"].is_blank and not kept:
             return []
         # Thinking goes back in the field that it came in: others may be refused.
         field = next((name for name in _REASONING if not self._said[name].is_blank), "")
-        thought = {field: str(self._said[field])} if field else {}
-        return [{"role": "assistant", "content": str(self._said["content"]), **thought}]
+        content = None if self._said["content"].is_blank else str(self._said["content"])
+        said: Message = {"role": "assistant", "content": content}
+        if field:
+            said[field] = str(self._said[field])
+        if kept:
+            if self._details:
+                said[_DETAILS] = _joined(self._details)
+            said["tool_calls"] = [_for_history(call) for call in kept]
+        return [said]
 
     # -- streamed
 
@@ -239,7 +252,7 @@ class EnforceChat(EnforceStage):
 
     def _answer(self) -> list[Event]:
         """Return what the answer of `done` adds to the text."""
-        said = self._turn.untold(self._calls.values(), str(self._said["content"]))
+        said = self._turn.untold(list(self._calls.values()), str(self._said["content"]))
         return [self._made({"content": said})] if said else []
 
     def _made(self, delta: dict[str, Any], reason: str | None = None) -> Event:
@@ -284,7 +297,7 @@ class EnforceChat(EnforceStage):
                 del mended["tool_calls"]
         for field in _FIELDS:
             value, said = message.get(field), str(self._said[field])
-            after = turn.untold(self._calls.values(), said) if field == "content" else ""
+            after = turn.untold(calls, said) if field == "content" else ""
             before, spaced = str(turn.said[field]), turn.spaced(field, said)
             if field == "content" and turn.parts:
                 value = [*turn.parts, *(value if isinstance(value, list) else _part(said))]
@@ -314,3 +327,31 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         return "".join(text(part.get("text")) for _, part in mappings(value))
     return text(value)
+
+
+def _for_history(call: Call) -> Message:
+    """Return a call as a message of the model's has it; arguments that are none are left out."""
+    arguments = call.arguments if call.given else "{}"
+    function = {"name": call.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function, **call.extra}
+
+
+def _joined(details: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return OpenRouter's reasoning_details with the pieces of each put together.
+
+    It takes them back as they are in a whole reply only; pieces of one have the same index.
+    """
+    joined: list[dict[str, Any]] = []
+    for detail in details:
+        last = joined[-1] if joined else {}
+        same = all(last.get(key) == detail.get(key) for key in ("type", "index"))
+        if not (joined and same and "index" in detail):
+            joined.append({**detail})
+            continue
+        for key, value in detail.items():
+            both = isinstance(value, str) and isinstance(last.get(key), str)
+            if both and key in ("text", "summary", "data"):
+                last[key] += value
+            elif value is not None:
+                last[key] = value
+    return joined
