@@ -8,7 +8,7 @@ from typing import Any
 from mitmproxy import contentviews, ctx, http
 from mitmproxy.addonmanager import Loader
 
-from kimi_core import context, flows, transcript
+from kimi_core import context, flows, transcript, transcript_saved
 from kimi_core.context import Piece
 from kimi_core.dialects import Call
 from kimi_core.document import NotJSON
@@ -24,10 +24,14 @@ MARK = ":wrench:"
 """Beside a flow whose reply was mended; one of mitmproxy's own list of emojis."""
 _COUNTED_BYTES = 2_000_000
 """A longer request is shown without tokens, so that a look does not block the proxy."""
+_SAVED_BYTES = 64 * 1024
+"""What the list of a request's masks may take in the flow's metadata."""
 
 
 class Views:
-    """Shows exchanges: a content view for both directions, and a comment on each flow.
+    """Shows exchanges as sent: a content view for both directions, and a comment on each flow.
+
+    What was left out of a request is marked where it stood and listed at its end.
 
     A reply in which something was mended shows what the model leaked and what it became, and
     its flow has a mark.
@@ -69,6 +73,8 @@ class Views:
             flow.comment = _summary(exchange)
         if exchange is not None and exchange.mends and not flow.marked:
             flow.marked = MARK
+        if exchange is not None and exchange.savings:
+            flow.metadata["kimi.saved"] = transcript_saved.dumped(exchange.savings, _SAVED_BYTES)
         self._bound()
 
     def _bound(self) -> None:
@@ -98,6 +104,13 @@ def _summary(exchange: Exchange) -> str:
         said.append(f"${exchange.cost_usd:.6f}")
     if exchange.route is not None:
         said.append(f"{exchange.route.model} at {exchange.route.provider}")
+    if exchange.saved_tokens:
+        said.append(f"saved {exchange.saved_tokens:,}")
+    if exchange.cache_break_by == "provider":
+        said.append("cache expired")
+    elif exchange.cache_break_by:
+        at = f" at message {exchange.cache_break}" if exchange.cache_break else ""
+        said.append(f"cache broke{at} ({exchange.cache_break_by})")
     if exchange.mends:
         said.append(f"mended {len(exchange.mends)}")
     if len(exchange.attempts) > 1:
@@ -132,7 +145,8 @@ def _conversation(data: bytes, flow: Any, message: Any) -> str:
                 return _counter.tokens_of(exchange, model, piece)
 
             counted = count
-        text = transcript.request(call, data, counted)
+        saved = transcript_saved.loaded(flow.metadata.get("kimi.saved"))
+        text = transcript.request(call, data, counted, saved)
     else:
         text = transcript.reply(call, data, message.headers.get("content-type", ""))
         if mended := transcript.mended(flow.metadata.get("kimi.leaked")):

@@ -25,6 +25,7 @@ from click.testing import CliRunner
 
 import cli
 from kimi_core import process
+from kimi_core.store import Store
 from upstream import Framing, Reply, Upstream
 
 CLI = Path(cli.__file__)
@@ -665,6 +666,162 @@ def test_export_without_a_store_is_an_error(idle: Home) -> None:
 
     assert said.exit_code == 1
     assert "kimi.db" in said.output
+
+
+MASKS = {
+    "0123456789abcdef": "no end of line\r\n\tand \x1b[31m half \ud83d pair",
+    "0123456000000000": "another\n",
+    "fedcba9876543210": "",
+}
+
+
+@pytest.fixture
+def masked(idle: Home) -> Home:
+    """A home whose store has masks, the later ones of session t."""
+    store = Store(idle.folder / "state/kimi-proxy/kimi.db")
+    for at, (hash, text) in enumerate(MASKS.items()):
+        label = "open a.py" if at else "run \x1b[31mecho\n\x07"
+        store.add_mask(
+            "k",
+            hash,
+            text,
+            tokens=1000 + at,
+            sent_tokens=10,
+            label=label,
+            kinds="cut",
+            session_id="t" if at else "s",
+        )
+    assert store.close()
+    return idle
+
+
+@pytest.mark.parametrize("hash", MASKS)
+def test_mask_prints_the_original_byte_for_byte(masked: Home, hash: str) -> None:
+    said = _invoke(masked, "mask", hash)
+
+    assert said.exit_code == 0, said.output
+    assert said.stdout_bytes == MASKS[hash].encode("utf-8", "surrogatepass")
+
+
+def test_mask_takes_the_first_digits_where_one_mask_begins_so(masked: Home) -> None:
+    assert _invoke(masked, "mask", "FEDCBA").exit_code == 0
+    assert _invoke(masked, "mask", "01234560").stdout == MASKS["0123456000000000"]
+
+    said = _invoke(masked, "mask", "012345")
+    assert said.exit_code == 1
+    assert "0123456789abcdef" in said.output
+    assert "0123456000000000" in said.output
+
+
+@pytest.mark.parametrize("given", ["0000000000000000", "abcdef", "01234", "012345%", "open a.py"])
+def test_mask_says_what_it_did_not_find(masked: Home, given: str) -> None:
+    said = _invoke(masked, "mask", given)
+
+    assert said.exit_code == 1
+    assert given in said.stderr
+    assert said.stdout == ""
+
+
+def test_mask_lists_the_latest_without_what_a_terminal_obeys(masked: Home) -> None:
+    said = _invoke(masked, "mask", "--list")
+    header, *lines = said.stdout.splitlines()
+
+    assert said.exit_code == 0
+    assert header.split() == ["hash", "age", "tokens", "sent", "what"]
+    assert [line.split()[0] for line in lines] == list(reversed(MASKS))
+    assert lines[0].endswith("1,002    10  cut: open a.py")
+    assert lines[2].endswith("1,000    10  cut: run [31mecho")
+    assert len(_invoke(masked, "mask", "--list", "-n", "2").stdout.splitlines()) == 3
+    of_session = _invoke(masked, "mask", "--session", "s").stdout.splitlines()[1:]
+    assert [line.split()[0] for line in of_session] == ["0123456789abcdef"]
+    assert _invoke(masked, "mask", "--session", "nobody").stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [(), ("0123456789abcdef", "--list")])
+def test_mask_wants_a_hash_or_a_list(masked: Home, arguments: tuple[str, ...]) -> None:
+    said = _invoke(masked, "mask", *arguments)
+
+    assert said.exit_code == 2
+    assert "HASH" in said.stderr
+
+
+def test_mask_without_a_store_is_an_error(idle: Home) -> None:
+    said = _invoke(idle, "mask", "0123456789abcdef")
+
+    assert said.exit_code == 1
+    assert "kimi.db" in said.output
+
+
+def test_a_mask_may_be_cut_off_by_the_program_that_reads_it(masked: Home) -> None:
+    big = "line\n" * 200_000
+    store = Store(masked.folder / "state/kimi-proxy/kimi.db")
+    store.add_mask(
+        "k", "b" * 16, big, tokens=1, sent_tokens=1, label="", kinds="cut", session_id="s"
+    )
+    assert store.close()
+    with subprocess.Popen(
+        masked.command("mask", "b" * 16),
+        env=masked.environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"line\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_status_shows_what_was_saved_today_and_in_all(idle: Home) -> None:
+    path = idle.folder / "kimi.db"
+    now = time.time()
+    saving = {
+        "session_id": "one",
+        "status": 200,
+        "gen_ai.usage.input_tokens": 100,
+        "saved_tokens": 1200,
+        "masked_tokens": 900,
+        "compressed_tokens": 300,
+        "gross_saved_usd": 0.04,
+        "lost_usd": 0.02,
+        "spent_usd": 0.03,
+        "saved_usd": -0.01,
+    }
+    store = Store(path)
+    store.add_exchange({"id": "a", "started_at": now, "ended_at": now} | saving)
+    then = now - 3 * 86400
+    store.add_exchange(
+        {"id": "b", "started_at": then, "ended_at": then} | saving | {"compressed_tokens": None}
+    )
+    assert store.close()
+
+    said = _invoke(idle, "status", KIMI_STORE=str(path))
+    as_json = json.loads(_invoke(idle, "status", "--json", KIMI_STORE=str(path)).output)
+
+    lines = said.output.splitlines()
+    assert (
+        "Saved today: 1,200 tokens not sent (900 masked, 300 compressed); "
+        "$0.0400 gross, $0.0200 lost, $0.0300 spent, -$0.0100 net"
+    ) in lines
+    assert (
+        "Saved in all: 2,400 tokens not sent (1,800 masked, 300 compressed); "
+        "$0.0800 gross, $0.0400 lost, $0.0600 spent, -$0.0200 net"
+    ) in lines
+    header, first, *_ = lines[-3:]
+    assert header.split()[4:6] == ["input", "saved"]
+    assert "1,200" in first
+    assert as_json["today"]["saved_usd"] == -0.01
+    assert as_json["total"]["saved_tokens"] == 2400
+
+
+def test_status_says_nothing_of_savings_where_there_were_none(idle: Home) -> None:
+    path = idle.folder / "kimi.db"
+    store = Store(path)
+    store.add_exchange({"id": "a", "started_at": time.time(), "session_id": "one"})
+    assert store.close()
+
+    assert "Saved" not in _invoke(idle, "status", KIMI_STORE=str(path)).output
 
 
 def test_status_without_a_proxy_says_so(idle: Home) -> None:

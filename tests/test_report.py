@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from kimi_core import report
-from kimi_core.store_schema import EXCHANGE_COLUMNS
+from kimi_core.store.schema import EXCHANGE_COLUMNS
 
 
 def _row(model: str | None = "m", **values: Any) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def test_a_failed_request_without_tokens_is_failed_and_not_unpriced() -> None:
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(None, "?"), (0.0, "$0.00"), (0.00012, "$0.0001"), (1234.5, "$1,234.50"), (-0.5, "$-0.5000")],
+    [(None, "?"), (0.0, "$0.00"), (0.00012, "$0.0001"), (1234.5, "$1,234.50"), (-0.5, "-$0.5000")],
 )
 def test_money_is_written_for_people(value: float | None, shown: str) -> None:
     assert report.usd(value) == shown
@@ -72,6 +72,41 @@ def test_a_gauge_of_unknown_size_has_no_colour(tokens: int | None, window: int |
     said = report.gauge({"context_tokens": tokens, "context_window": window})
 
     assert (said["percentage"], said["color"]) == (None, None)
+
+
+def test_savings_fit_in_one_line_and_nothing_saved_is_nothing_said() -> None:
+    sums = dict.fromkeys(
+        (
+            "saved_tokens",
+            "masked_tokens",
+            "compressed_tokens",
+            "gross_saved_usd",
+            "lost_usd",
+            "spent_usd",
+            "saved_usd",
+        )
+    )
+    assert report.savings(sums) == ""
+    assert report.savings(sums | {"saved_tokens": 0}) == ""
+    said = report.savings(sums | {"saved_tokens": 1500, "masked_tokens": 1500})
+    assert said == "1,500 tokens not sent (1,500 masked); ? gross, ? lost, ? spent, ? net"
+    assert report.savings(sums | {"saved_tokens": 0, "spent_usd": 2.0, "saved_usd": -2.0}) == (
+        "0 tokens not sent; ? gross, ? lost, $2.00 spent, -$2.00 net"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(-3, "0 s"), (59.4, "59 s"), (119, "1 min"), (3600, "1 h"), (86_399, "23 h"), (9e5, "10 d")],
+)
+def test_an_age_is_told_in_its_largest_unit(seconds: float, shown: str) -> None:
+    assert report.age(seconds) == shown
+
+
+def test_a_text_of_somebody_elses_takes_one_line_without_what_a_terminal_obeys() -> None:
+    assert report.one_line("a\x1b[2J\r\n\tb\u202ec") == "a [2J b c"
+    assert report.one_line("x" * 60) == "x" * 60
+    assert report.one_line("x" * 61) == "x" * 59 + "…"
 
 
 def test_a_plain_table_is_aligned() -> None:

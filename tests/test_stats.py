@@ -7,46 +7,29 @@ import csv
 import io
 import json
 import logging
-import random
 import re
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from mitmproxy import exceptions, options
-from mitmproxy.test import taddons, tflow, tutils
+from mitmproxy.test import tflow, tutils
 from mitmproxy.tools.dump import DumpMaster
 
 import stats
-from kimi_core.store import EXCHANGE_COLUMNS, Store
-from stats import Stats
+from kimi_core.report import gauge
+from kimi_core.store import EXCHANGE_COLUMNS
+from page import BEARER, PLANTED, RULES, TOKEN, Running, free_port, row, started
 
-TOKEN = "a-token"
-PLANTED = "sk-planted-0123456789abcdef"
-BEARER = {"authorization": f"Bearer {TOKEN}"}
-RULES = """\
-version: 1
-providers:
-  openai:
-    api: openai
-    base_url: "https://api.openai.com/v1"
-    key: "${PLANTED_KEY}"
-    rpm: 40
-    timeout: 90
-  local: {api: openai, base_url: "http://127.0.0.1:11434/v1"}
-  keyless: {api: anthropic, base_url: "https://api.anthropic.com/v1", key: "${NO_SUCH_KEY}"}
-models:
-  small: {context: 1000, targets: [{provider: openai, model: gpt-4o-mini}, {provider: local}]}
-default_model: small
-"""
 ALL_PATHS = (
     "/",
     "/app.js",
+    "/elements.js",
+    "/savings.js",
     "/style.css",
     "/icon.svg",
     "/health",
@@ -62,91 +45,8 @@ ALL_PATHS = (
     "/api/export/csv",
     "/api/export/json",
 )
-OPEN_PATHS = ("/app.js", "/style.css", "/icon.svg", "/health")
+OPEN_PATHS = ("/app.js", "/elements.js", "/savings.js", "/style.css", "/icon.svg", "/health")
 HOSTILE = "<img src=x onerror=alert(1)>\u202e\x1b[31m\"'&"
-
-
-def free_port() -> int:
-    """Return a free port that the system gives to no outgoing connection in the meantime."""
-    while True:
-        port = random.randrange(20000, 32000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-
-
-def row(number: int, **more: Any) -> dict[str, Any]:
-    return {
-        "id": f"flow-{number:04}",
-        "session_id": "one",
-        "started_at": time.time() - 1000 + number,
-        "ended_at": time.time() - 999 + number,
-        "gen_ai.operation.name": "chat",
-        "gen_ai.provider.name": "openai",
-        "gen_ai.request.model": "small",
-        "gen_ai.response.model": "gpt-4o-mini",
-        "gen_ai.usage.input_tokens": 100,
-        "gen_ai.usage.output_tokens": 10,
-        "input_source": "usage",
-        "output_source": "estimate",
-        "context_window": 1000,
-        "cost_usd": 0.5,
-        "status": 200,
-        "kind": "turn",
-    } | more
-
-
-class Running:
-    """A started page, a client of it, and the store behind it."""
-
-    def __init__(self, addon: Stats, context: taddons.context, client: httpx.AsyncClient) -> None:
-        self.addon = addon
-        self.context = context
-        self.client = client
-        self.port: int = context.options.stats_port
-        self.store: Store = addon.store
-
-    async def get(self, path: str, **headers: str) -> httpx.Response:
-        return await self.client.get(path, headers=BEARER | headers)
-
-    async def json(self, path: str) -> Any:
-        answer = await self.get(path)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    def add(self, *rows: dict[str, Any]) -> None:
-        for entry in rows:
-            self.store.add_exchange(entry)
-        assert self.store.flush()
-
-
-@asynccontextmanager
-async def started(tmp_path: Path, **settings: Any) -> AsyncIterator[Running]:
-    rules = tmp_path / "rules.yaml"
-    rules.write_text(RULES)
-    (tmp_path / ".env").write_text(f"PLANTED_KEY={PLANTED}\n")
-    addon = Stats()
-    context = taddons.context(
-        addon, options=options.Options(confdir=str(tmp_path), listen_host="127.0.0.1")
-    )
-    values = {
-        "kimi_rules": str(rules),
-        "kimi_store": str(tmp_path / "kimi.db"),
-        "stats_port": free_port(),
-        "stats_token": TOKEN,
-    }
-    with context:
-        context.configure(addon, **(values | settings))
-        await addon.running()
-        base = f"http://127.0.0.1:{context.options.stats_port}"
-        async with httpx.AsyncClient(base_url=base, trust_env=False, timeout=10) as client:
-            try:
-                yield Running(addon, context, client)
-            finally:
-                await addon.done()
 
 
 Scenario = Callable[[Running], Coroutine[Any, Any, None]]
@@ -270,7 +170,7 @@ def test_hosts_named_by_the_option_are_ours(play: Callable[..., None]) -> None:
 def test_off_loopback_an_address_is_ours_and_a_name_is_not(play: Callable[..., None]) -> None:
     async def scenario(page: Running) -> None:
         assert (await page.get("/health", host=f"192.0.2.7:{page.port}")).status_code == 403
-        page.addon.host = "192.0.2.1"  # as if it were listening there
+        page.addon.site.host = "192.0.2.1"  # as if it were listening there
         assert (await page.get("/health", host=f"192.0.2.7:{page.port}")).status_code == 200
         assert (await page.get("/health", host=f"evil.example:{page.port}")).status_code == 403
 
@@ -378,7 +278,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_the_gauge_is_yellow_from_half_and_red_from_four_fifths(
     tokens: int | None, window: int | None, percentage: float | None, color: str | None
 ) -> None:
-    used = stats.gauge({"context_tokens": tokens, "context_window": window})
+    used = gauge({"context_tokens": tokens, "context_window": window})
     assert used == {
         "tokens": tokens,
         "window": window,
@@ -395,14 +295,14 @@ def test_health_needs_no_token_and_names_nobody(play: Callable[..., None]) -> No
         answer = await page.client.get("/health")
         assert answer.json() == {
             "status": "ok",
-            "version": page.addon.version,
+            "version": page.addon.site.version,
             "live_exchanges": 0,
             "session": {"state": "active", "percentage": 90.0, "color": "red"},
             "store": {"state": "ok", "dropped": 0},
             "log_watcher": None,
             "rate_limit": None,
         }
-        assert page.addon.version
+        assert page.addon.site.version
         assert (await page.client.head("/health")).status_code == 200
 
     play(scenario)
@@ -648,9 +548,11 @@ def test_hostile_names_arrive_as_they_were(play: Callable[..., None]) -> None:
 
 
 def test_the_page_runs_no_markup_and_fetches_nothing_from_elsewhere() -> None:
-    script = (stats.PAGE / "app.js").read_text()
-    for sink in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
-        assert sink not in script
+    scripts = sorted(stats.PAGE.glob("*.js"))
+    assert len(scripts) == 3
+    for script in scripts:
+        for sink in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+            assert sink not in script.read_text(), script
     for file in stats.PAGE.iterdir():
         found = re.findall(r"""https?://[\w.-]+|["'(]//[\w.-]+""", file.read_text())
         assert set(found) <= {"http://www.w3.org"}, file
@@ -662,7 +564,11 @@ def test_the_page_runs_no_markup_and_fetches_nothing_from_elsewhere() -> None:
 def test_the_pages_files_are_served_and_revalidated(play: Callable[..., None]) -> None:
     async def scenario(page: Running) -> None:
         markup = (await page.get("/")).text
-        for name in re.findall(r'(?:src|href)="([\w.]+)"', markup):
+        script = (stats.PAGE / "app.js").read_text()
+        named = re.findall(r'(?:src|href)="([\w.]+)"', markup)
+        named += re.findall(r'from "\./([\w.]+)"', script)
+        assert len(named) == 5
+        for name in named:
             answer = await page.client.get(f"/{name}")
             assert answer.status_code == 200, name
             assert answer.content == (stats.PAGE / name).read_bytes()
@@ -774,9 +680,9 @@ def test_a_page_that_is_closed_is_forgotten(play: Callable[..., None]) -> None:
     async def scenario(page: Running) -> None:
         async with page.client.stream("GET", "/api/events", headers=BEARER) as answer:
             await anext(answer.aiter_lines())
-            assert page.addon.listeners == 1
+            assert page.addon.site.listeners == 1
         async with asyncio.timeout(5):
-            while page.addon.listeners:
+            while page.addon.site.listeners:
                 await page.client.get("/health")
 
     play(scenario)

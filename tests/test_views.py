@@ -20,8 +20,9 @@ from mitmproxy.io import FlowReader, FlowWriter
 from mitmproxy.test import taddons, tflow
 from mitmproxy.utils.emoji import emoji
 
-from kimi_core import flows
-from kimi_core.exchange import Attempt, Mend
+from kimi_core import context, flows
+from kimi_core.exchange import Attempt, Mend, Saving
+from kimi_core.tokens import tokenizer_for
 from proxy import PLANTED, Proxy, wait_until
 from upstream import Abort, Framing, Received, Reply, TokenUsage, ToolCall, Upstream, conversation
 from upstream.render import render
@@ -394,6 +395,64 @@ def test_hostile_markup_renders_as_text(viewing: taddons.context, name: str) -> 
     first = re.split(r"[\x00-\x1f\u202e\ud83d]", said)[0]
     assert f"   - {first}" in text
     assert f"   + {first}" in text
+
+
+# --- what was left out
+
+CUT = (
+    "src/parse.py:1\n[… 99 lines cut …]\n"
+    f"[kimi-proxy: 99 of 100 lines cut; the whole: kimi-proxy mask {'ab' * 8}]"
+)
+
+
+def with_result(dialect: str, result: str) -> bytes:
+    """Return the request of a dialect with another result of its call."""
+    return json.dumps(REQUESTS[dialect][2]).replace(json.dumps(RESULT), json.dumps(result)).encode()
+
+
+@each_dialect
+@pytest.mark.parametrize("failed", [False, True], ids=["answered", "failed"])
+def test_a_masked_request_shows_what_was_left_out_in_a_saved_flow_too(
+    viewing: taddons.context, dialect: str, failed: bool
+) -> None:
+    flow = exchanged(dialect, stream=False, body=with_result(dialect, CUT))
+    exchange = flows.exchange(flow)
+    assert exchange is not None
+    last = len(context.context(exchange)) - 1
+    exchange.savings = [Saving("cut", last, 3400, "ab" * 8, new=True)]
+    addon = next(a for a in viewing.master.addons.chain if isinstance(a, Views))
+    (addon.error if failed else addon.response)(flow)
+    file = io.BytesIO()
+    FlowWriter(file).add(flow)
+    file.seek(0)
+    (saved,) = FlowReader(file).stream()
+    assert isinstance(saved, http.HTTPFlow)
+    for each in (flow, saved):
+        text = shown(each, each.request)[1]
+        assert re.search(rf"^── {last + 1} tool · \d+ tokens · 3,400 left out ─", text, re.M)
+        assert "✂ [… 99 lines cut …]" in text.splitlines()
+        assert heads(text)[-1] == "saved · 3,400 tokens of o200k not sent"
+        line = text.splitlines()[-1]
+        size = tokenizer_for("o200k").count(CUT)
+        told = f"1. message {last + 1} · cut · {3400 + size:,} → {size:,} tokens · {'ab' * 8}"
+        assert line.startswith(told)
+        assert "read_file" in line
+
+
+def test_of_a_request_that_left_whole_nothing_is_noted(viewing: taddons.context) -> None:
+    flow = exchanged("openai", stream=False)
+    addon = next(a for a in viewing.master.addons.chain if isinstance(a, Views))
+    addon.response(flow)
+    assert "kimi.saved" not in flow.metadata
+    assert "saved" not in shown(flow, flow.request)[1]
+
+
+@pytest.mark.parametrize("value", [None, 5, "", "[{", "[{}]", ["x"]])
+def test_a_malformed_list_of_savings_is_left_out(viewing: taddons.context, value: object) -> None:
+    flow = exchanged("openai", stream=False)
+    plain = shown(flow, flow.request)
+    flow.metadata["kimi.saved"] = value
+    assert shown(flow, flow.request) == plain
 
 
 def test_the_comment_and_the_mark_tell_of_mends_and_attempts(viewing: taddons.context) -> None:

@@ -107,12 +107,50 @@ def usd(value: float | None) -> str:
     """Return money for people, small sums with more digits; "?" when no price is known."""
     if value is None:
         return "?"
-    return f"${value:,.2f}" if abs(value) >= 1 or value == 0 else f"${value:.4f}"
+    size, sign = abs(value), "-" if value < 0 else ""
+    return f"{sign}${size:,.2f}" if size >= 1 or size == 0 else f"{sign}${size:.4f}"
 
 
 def cost(value: float | None, unpriced: int) -> str:
     """Return money, with a mark when some of it is not known."""
     return usd(value) + (" + ?" if unpriced and value is not None else "")
+
+
+def savings(sums: Mapping[str, Any]) -> str:
+    """Return what was saved in one line, from sums of the store; empty when nothing was.
+
+    Gross is what the tokens left out would have cost, net what remains of it.
+    """
+    if not (sums["saved_tokens"] or sums["lost_usd"] or sums["spent_usd"]):
+        return ""
+    kinds = (("masked", sums["masked_tokens"]), ("compressed", sums["compressed_tokens"]))
+    of_each = ", ".join(f"{count:,} {kind}" for kind, count in kinds if count)
+    money = (
+        ("gross", sums["gross_saved_usd"]),
+        ("lost", sums["lost_usd"]),
+        ("spent", sums["spent_usd"]),
+        ("net", sums["saved_usd"]),
+    )
+    return (
+        f"{number(sums['saved_tokens'])} tokens not sent"
+        + (f" ({of_each})" if of_each else "")
+        + "; "
+        + ", ".join(f"{usd(value)} {name}" for name, value in money)
+    )
+
+
+def age(seconds: float) -> str:
+    """Return how long ago something was, for people."""
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def one_line(text: str, width: int = 60) -> str:
+    """Return the beginning of a text of somebody else's, without what a terminal obeys."""
+    plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return plain if len(plain) <= width else f"{plain[: width - 1]}…"
 
 
 def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

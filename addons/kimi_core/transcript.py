@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from msgspec import Raw
 
-from kimi_core import dialects
+from kimi_core import dialects, transcript_saved
 from kimi_core.context import Piece, piece
 from kimi_core.dialects import Call
 from kimi_core.dialects.base import text
 from kimi_core.document import Document, NotJSON, decode
 from kimi_core.exchange import Message, Part, Reply, Usage
 from kimi_core.sse import SSE, JSONArray
+from kimi_core.transcript_saved import Left
 
 _MARKS = {"reasoning": "thinking", "tool_call": "calls", "tool_result": "result"}
 _MENDED: dict[str, str] = {
@@ -28,10 +29,16 @@ _MENDED: dict[str, str] = {
 }
 
 
-def request(call: Call, body: bytes, count: Callable[[Piece], int] | None = None) -> str:
+def request(
+    call: Call,
+    body: bytes,
+    count: Callable[[Piece], int] | None = None,
+    saved: Collection[Left] = (),
+) -> str:
     """Return a request's body as text: who said what, with the tokens of each message.
 
-    Raises NotJSON when the body is no JSON object.
+    `saved` is what was left out of it before it left: where that was is marked, and a list of it
+    stands at the end. Raises NotJSON when the body is no JSON object.
     """
     dialect = call.dialect
     document = Document(body, dialect.shape)
@@ -43,6 +50,8 @@ def request(call: Call, body: bytes, count: Callable[[Piece], int] | None = None
     lines: list[str] = []
     total = 0
     number = 0
+    left = transcript_saved.by_message(saved)
+    said: dict[int, Message] = {}
     for unit in units:
         tokens = count(piece(unit)) if count else None
         total += tokens or 0
@@ -54,11 +63,20 @@ def request(call: Call, body: bytes, count: Callable[[Piece], int] | None = None
         if unit.kind == "message":
             number += 1
             label = f"{number} {message.role}"
+            said[number] = message
         size = f" · {tokens:,} tokens" if tokens is not None else ""
+        masks = left.get(number, ()) if unit.kind == "message" else ()
+        if masks:
+            size += f" · {sum(mask.tokens for mask in masks):,} left out"
         lines += ["", f"── {label}{size} {'─' * max(3, 60 - len(label) - len(size))}"]
-        lines += _tools(unit.raw) if unit.kind == "tools" else _message(message)
+        if unit.kind == "tools":
+            lines += _tools(unit.raw)
+        else:
+            lines += map(transcript_saved.marked, _message(message)) if masks else _message(message)
     if count:
         head.append(f"{total:,} tokens")
+    if saved:
+        lines += ["", *transcript_saved.lines(saved, said, measured=count is not None)]
     return _printable([" · ".join(head), *lines, ""])
 
 

@@ -1,11 +1,10 @@
-// Every text reaches the page as a text node, and in <bdi>, where others share its line: a model's
-// name may be hostile, and turn around what stands beside it.
+import { $, ago, el, fill, money, none, number, seconds, short, svg, text, things, time, usd, when, whole } from "./elements.js";
+import * as savings from "./savings.js";
 
 const GAP_MS = 1000; // the page asks no more often, however busy the proxy is
 const ROWS = 50;
 const FIRST_SESSIONS = 8;
 
-const $ = (id) => document.getElementById(id);
 const view = {
   session: null, // the one whose exchanges are shown; null: all
   sessions: FIRST_SESSIONS,
@@ -18,73 +17,6 @@ const view = {
   retry: 1000,
   events: null,
 };
-
-// --- numbers as people read them
-
-const whole = new Intl.NumberFormat("en");
-const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
-const clock = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit" });
-const day = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short" });
-const full = new Intl.DateTimeFormat("en-GB", { dateStyle: "medium", timeStyle: "medium" });
-const relative = new Intl.RelativeTimeFormat("en", { numeric: "auto", style: "narrow" });
-
-function short(number) {
-  return Math.abs(number) < 10000 ? whole.format(number) : compact.format(number);
-}
-
-function usd(amount) {
-  if (amount === 0) return "$0";
-  const digits = Math.abs(amount) >= 1 ? 2 : Math.abs(amount) >= 0.01 ? 3 : 5;
-  if (Math.abs(amount) < 0.00001) return "<$0.00001";
-  return `$${amount.toFixed(digits)}`;
-}
-
-function seconds(value) {
-  if (value < 1) return `${Math.round(value * 1000)} ms`;
-  return value < 100 ? `${value.toFixed(1)} s` : `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`;
-}
-
-function when(stamp) {
-  const date = new Date(stamp * 1000);
-  const today = date.toDateString() === new Date().toDateString();
-  return today ? clock.format(date) : `${day.format(date)} ${clock.format(date).slice(0, 5)}`;
-}
-
-function ago(stamp) {
-  const past = Date.now() / 1000 - stamp;
-  if (past < 10) return "now";
-  if (past < 60) return relative.format(-Math.round(past), "second");
-  if (past < 3600) return relative.format(-Math.round(past / 60), "minute");
-  if (past < 86400) return relative.format(-Math.round(past / 3600), "hour");
-  return relative.format(-Math.round(past / 86400), "day");
-}
-
-// --- elements
-
-function el(tag, properties = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
-    if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value);
-  }
-  element.append(...children.filter((child) => child !== null));
-  return element;
-}
-
-function svg(tag, properties, ...children) {
-  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(properties)) element.setAttribute(name, value);
-  element.append(...children);
-  return element;
-}
-
-const things = (count, one, many = `${one}s`) => `${whole.format(count)} ${count === 1 ? one : many}`;
-const none = (title) => el("span", { class: "none", title }, "–");
-const time = (stamp, text) =>
-  el("time", { datetime: new Date(stamp * 1000).toISOString(), title: full.format(stamp * 1000) }, text);
-const number = (value, title) =>
-  el("td", { class: "n" }, value === null ? none(title) : whole.format(value));
-const text = (value, more = "") =>
-  el("td", { class: `text ${more}`.trim(), title: value }, value === null ? none("not known") : value);
 
 // --- what the page shows
 
@@ -166,7 +98,7 @@ function sessionRow(session) {
   const { gauge } = session;
   const chosen = session.id === view.session;
   const button = el("button", { type: "button", "aria-pressed": String(chosen), title: `${title(session)}: show its exchanges` }, title(session));
-  button.dataset.session = session.id;
+  button.dataset.id = session.id;
   let level = none("the model's window is not known");
   if (gauge.percentage !== null) {
     level = el("span", { class: "level", "data-color": gauge.color, title: `${whole.format(gauge.tokens)} of ${whole.format(gauge.window)} tokens` },
@@ -202,12 +134,37 @@ function tokens(value, source) {
     el("span", { class: `tokens ${kind}`, title: `${whole.format(value)} tokens, ${explained}` }, whole.format(value)));
 }
 
-function money(amount, title) {
-  return el("td", { class: "n" }, amount === null ? none(title) : el("span", { title: `$${amount}` }, usd(amount)));
-}
-
 function duration(value) {
   return el("td", { class: "n soft" }, value === null ? none("not measured") : seconds(value));
+}
+
+// Where the request no longer began as the one before it, by whom.
+const BREAKS = {
+  client: ["client", "the client changed or dropped what it had sent before"],
+  tools: ["client", "the client changed its tools"],
+  system: ["client", "the client changed its system text"],
+  compression: ["ours", "a summary took the place of older messages"],
+  revocation: ["ours", "a summary was revoked"],
+  flush: ["ours", "what is masked was decided anew"],
+  bypass: ["ours", "the proxy stopped to edit this session’s requests"],
+  proxy: ["ours", "we sent an older message in another form"],
+  model: ["ours", "another model or provider was picked"],
+  provider: ["provider", "the provider no longer had it"],
+};
+
+function cacheBreak(row) {
+  const [who, why] = BREAKS[row.cache_break_by] ?? [row.cache_break_by ?? "unknown", "for a reason that is not known"];
+  const where = row.cache_break ? `at message ${whole.format(row.cache_break)}` : row.cache_break === 0 ? "before the first message" : "";
+  return el("span", { class: `badge ${who === "ours" ? "cut" : "soft"}`, title: `The cached beginning ended ${where || "early"}: ${why}` },
+    `cache broke ${where}, `.replace(" ,", ","), who);
+}
+
+function saved(row) {
+  if (row.saved_tokens === null || row.saved_tokens === undefined) return number(null, "not known");
+  const parts = [["masked", row.masked_tokens], ["compressed", row.compressed_tokens]]
+    .filter(([, count]) => count).map(([how, count]) => `${whole.format(count)} ${how}`);
+  const net = row.saved_usd ? [`${usd(row.saved_usd)} net`] : [];
+  return el("td", { class: row.saved_tokens ? "n" : "n soft", title: [...parts, ...net].join(", ") || null }, whole.format(row.saved_tokens));
 }
 
 function exchangeRow(row) {
@@ -231,6 +188,7 @@ function exchangeRow(row) {
     status.append(el("span", { class: "badge again", title: `${whole.format(row.attempts)} requests to providers were made for it` },
       things(row.attempts - 1, "retry", "retries")));
   }
+  if (typeof row.cache_break === "number" || row.cache_break_by) status.append(cacheBreak(row));
   if (row.kind === "background" || row.kind === "subagent") {
     model.append(el("span", { class: "badge soft", title: "Not a turn of the conversation itself" }, row.kind));
   }
@@ -241,22 +199,13 @@ function exchangeRow(row) {
     text(row["gen_ai.provider.name"], "soft"),
     tokens(row["gen_ai.usage.input_tokens"], row.input_source),
     number(row["gen_ai.usage.cache_read.input_tokens"], "the provider did not say"),
+    saved(row),
     tokens(row["gen_ai.usage.output_tokens"], row.output_source),
     number(row["gen_ai.usage.reasoning.output_tokens"], "the provider did not say"),
     money(row.cost_usd, "no price known"),
     duration(row.time_to_first_chunk_s),
     duration(row.duration_s),
     status);
-}
-
-function fill(table, rows) {
-  const held = document.activeElement?.dataset?.session;
-  table.tBodies[0].replaceChildren(...rows);
-  if (held !== undefined) {
-    for (const button of table.querySelectorAll("button")) {
-      if (button.dataset.session === held) button.focus({ preventScroll: true });
-    }
-  }
 }
 
 function show(sessions, chosen, exchanges, totals) {
@@ -304,6 +253,12 @@ function showProxy(status) {
   notice(state === "ok" ? "" : `The store is ${state}. Traffic flows; its numbers wait in memory.`);
 }
 
+// What came of something that the user did; the next answer of the proxy does not hide it.
+function told(message) {
+  $("told").hidden = message === "";
+  $("told").textContent = message;
+}
+
 function notice(message) {
   $("notice").hidden = message === "";
   if ($("notice").textContent !== message) $("notice").textContent = message;
@@ -313,12 +268,26 @@ function notice(message) {
 
 class Refused extends Error {}
 
-async function ask(path) {
-  const answer = await fetch(`api/${path}`, { headers: { accept: "application/json" } });
+async function ask(path, change) {
+  const headers = { accept: "application/json" };
+  const how = change === undefined ? { headers }
+    : { method: "POST", headers: { ...headers, "content-type": "application/json" }, body: JSON.stringify(change) };
+  const answer = await fetch(`api/${path}`, how);
   const body = await answer.json();
   if (answer.status === 401) throw new Refused();
-  if (!answer.ok) throw new Error(body.error);
+  if (!answer.ok) throw Object.assign(new Error(body.hint ? `${body.error}: ${body.hint}` : body.error), { status: answer.status });
   return body;
+}
+
+// Null where nobody answers: the addon is not loaded, or has nothing of the kind. One that fails
+// says so in the proxy's log, and takes nothing but its own part off the page.
+async function askAddon(path, change) {
+  try {
+    return await ask(path, change);
+  } catch (error) {
+    if (error.status === 404 || (change === undefined && error.status >= 500)) return null;
+    throw error;
+  }
 }
 
 async function refresh() {
@@ -331,13 +300,18 @@ async function refresh() {
   const session = view.session;
   const of = session === null ? "" : `&session=${encodeURIComponent(session)}`;
   try {
-    const [sessions, exchanges, totals, chosen] = await Promise.all([
+    const [sessions, exchanges, totals, chosen, saving] = await Promise.all([
       ask(`sessions?limit=${view.sessions}`),
       ask(`exchanges?limit=${view.rows}${of}`),
       ask("totals?period=today"),
       session === null ? { session: null } : ask(`sessions/${encodeURIComponent(session)}`),
+      savings.read(session),
     ]);
-    if (session === view.session) show(sessions, chosen.session, exchanges, totals);
+    const active = chosen.session ?? sessions.sessions[0] ?? null;
+    const summaries = await savings.compaction(active);
+    if (session !== view.session) return;
+    show(sessions, chosen.session, exchanges, totals);
+    savings.show(saving, totals.today, active, chosen.session !== null, summaries);
   } catch (error) {
     failed(error);
   } finally {
@@ -422,9 +396,10 @@ function choose(session) {
   atOnce();
 }
 
+savings.begin({ ask: askAddon, told, failed: (error) => (error instanceof Refused ? failed(error) : told(error.message)), changed: atOnce });
 $("sessions").addEventListener("click", (event) => {
   const button = event.target.closest("button");
-  if (button) choose(button.dataset.session === view.session ? null : button.dataset.session);
+  if (button) choose(button.dataset.id === view.session ? null : button.dataset.id);
 });
 $("all").addEventListener("click", () => {
   choose(null);
