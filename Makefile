@@ -2,12 +2,20 @@
 BIN := .venv/bin
 RUN := kimi-proxy start --foreground
 
-.PHONY: all help run demo test test-agents check bench docs lock upgrade clean .venv
+# `make bench-savings ../a ../b`: files and folders that exist are targets with nothing to do.
+TRACES := $(filter-out bench-savings,$(MAKECMDGOALS))
+# Given on the command line, PATH would hide every program from the shell.
+ifeq (command line,$(origin PATH))
+TRACES += $(PATH)
+override PATH := $(shell command -p getconf PATH)
+endif
+
+.PHONY: all help run demo test test-agents check bench bench-savings docs lock upgrade clean .venv
 
 all: check test
 
 help: ## print this list
-	@sed -n 's/^\([a-z.-]*\):.* ## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z.-]*\):.* ## /\1	/p' $(MAKEFILE_LIST) | expand -t 15
 
 run: .venv ## proxy on 8080, mitmweb on 8081, stats page on 8082, until Ctrl-C
 	@exec $(BIN)/$(RUN)
@@ -29,6 +37,9 @@ check: .venv ## lint, format, types, and that the documentation is complete
 
 bench: .venv ## what the chain costs, as a ratio to bare mitmdump
 	@exec $(BIN)/python tests/bench/run.py
+
+bench-savings: .venv ## what masking saves on recorded conversations: PATH=../traces, ARGS='--live'
+	@exec $(BIN)/python tests/bench/savings.py $(ARGS) $(TRACES)
 
 docs: .venv ## write the tables that come from code into the documentation
 	$(BIN)/python tests/docs.py
