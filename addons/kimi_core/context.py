@@ -43,10 +43,10 @@ class Piece(NamedTuple):
 class Context:
     """What a request gives the model to read, recognised but not yet read.
 
-    Digests are XXH3 of 128 bits: they recognise, they do not authenticate. `digests` are
-    those of the messages' own bytes, `cache_control` apart; `chains[i]` is that of all
-    messages up to the i-th. Nothing here is done per message that need not be: a long
-    conversation comes again with every turn.
+    Digests are XXH3 of 128 bits: they recognise, they do not authenticate. `plain` are
+    those of the messages' own bytes, `digests` those with `cache_control` apart; `chains[i]`
+    is that of all messages up to the i-th. Nothing here is done per message that need not
+    be: a long conversation comes again with every turn.
     """
 
     def __init__(self, dialect: Dialect, document: Document) -> None:
@@ -54,22 +54,34 @@ class Context:
         self.heads = [piece(unit) for unit in dialect.heads(document)]
         self._messages = dialect.messages(document)
         raws = self._messages.raws
-        plain = list(map(xxhash.xxh3_128_digest, raws))
+        self.plain = list(map(xxhash.xxh3_128_digest, raws))
         self.digests = [
             known or _new_digest(key, bytes(raw))
-            for known, key, raw in zip(_digests.get_many(plain), plain, raws, strict=True)
+            for known, key, raw in zip(_digests.get_many(self.plain), self.plain, raws, strict=True)
         ]
         self.chains = _chains(self.digests)
 
     def replaced(self, messages: Mapping[int, bytes]) -> Context:
         """Return the context with other JSON texts in the place of these messages."""
         made = copy(self)
-        raws, made.digests = list(self._messages.raws), list(self.digests)
+        raws = list(self._messages.raws)
+        made.plain, made.digests = list(self.plain), list(self.digests)
         for index, raw in messages.items():
-            raws[index], made.digests[index] = raw, _digest(raw)
+            raws[index] = raw
+            plain = made.plain[index] = xxhash.xxh3_128_digest(raw)
+            made.digests[index] = _digests.get(plain) or _new_digest(plain, raw)
         made._messages = self._messages._replace(raws=raws)
         made.chains = _chains(made.digests)
         return made
+
+    def put(self, document: Document, messages: Mapping[int, bytes]) -> None:
+        """Put other JSON texts in the place of these messages of the request's document."""
+        path = self._messages.path
+        if self._messages.listed and len(path) == 1:
+            document.set_elements(str(path[0]), messages)
+        else:
+            for index, raw in messages.items():
+                document.set_raw(self.message(index).unit.path, raw)
 
     def raw(self, index: int) -> bytes | Raw:
         """Return the JSON text of one message."""
@@ -166,13 +178,16 @@ class Counter:
         )
 
     def count(self, exchange: Exchange, model: str) -> dict[Category, int]:
-        """Return the request's tokens by category, by `model`'s tokenizer and template.
+        """Return the request's tokens by category, by `model`'s tokenizer and template."""
+        return self.count_in(sent(exchange), model)
+
+    def count_in(self, given: Context, model: str) -> dict[Category, int]:
+        """Return the same of a context.
 
         The sums of every prefix of a conversation are remembered, so only what follows the
         longest known one is looked at.
         """
         _, per_request = tokens.message_overhead(model)
-        given = sent(exchange)
         name = _reader(given.dialect, model)
         sums, first = self._known(name, given)
         for index in range(first, len(given)):

@@ -136,6 +136,27 @@ class Document:
             self._above.update(path[:length] for length in range(1, len(path)))
         self._values.pop(str(path[0]), None)
 
+    def set_elements(self, key: str, values: Mapping[int, bytes]) -> None:
+        """Put JSON texts in the place of these elements of a top-level array.
+
+        Raises KeyError when it has no such element.
+        """
+        known = self._top is not None and key in self._shape.arrays and (key,) not in self._above
+        if not known or (key,) in self._edits:
+            for index, value in values.items():
+                self.set_raw((key, index), value)
+            return
+        elements = getattr(self._top, key) or ()
+        for index, value in values.items():
+            if index >= len(elements):
+                raise KeyError((key, index))
+            start = self._offset(elements[index])
+            end = start + len(memoryview(elements[index]))
+            self._edits[key, index] = _Edit(start, end, value)
+        if values:
+            self._above.add((key,))
+        self._values.pop(key, None)
+
     def append_raw(self, path: Path, value: bytes) -> None:
         """Add JSON text as the last element of the array at `path`.
 
