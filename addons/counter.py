@@ -15,8 +15,10 @@ from mitmproxy import http
 from mitmproxy.addonmanager import Loader
 
 from kimi_core import context, flows, tokens
+from kimi_core.context import Piece
 from kimi_core.exchange import Attempt, Category, Exchange, Provenance, Reply, Usage
 from kimi_core.flows import Rank
+from kimi_core.ledger import Ledger, broken
 from kimi_core.prices import PriceList
 from kimi_core.stages import HideUsage, ReadReply, Stage, StageRank
 
@@ -35,12 +37,13 @@ class Counter:
     What the provider says counts; what it leaves out is counted by the model's own
     tokenizer, or estimated where none is public, and each number says which. In a stream
     usage is asked for where the provider takes the question, and hidden again from a
-    client that did not ask.
+    client that did not ask. The ledger then says what was saved, net of what that took.
     """
 
     def __init__(self) -> None:
         self._counter = context.Counter()
         self._prices = PriceList()
+        self._ledger = Ledger()
         self._readers: WeakKeyDictionary[Exchange, list[ReadReply]] = WeakKeyDictionary()
         self._counts: WeakKeyDictionary[Exchange, Count | Future[Count]] = WeakKeyDictionary()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="counter")
@@ -94,6 +97,7 @@ class Counter:
             asyncio.get_running_loop().call_soon(self._count_request, exchange, model)
         else:
             self._counts[exchange] = self._pool.submit(self._counter.count, exchange, model)
+        self._ledger.leaves(exchange)
 
     def _count_request(self, exchange: Exchange, model: str) -> Count:
         counted = self._counts[exchange] = self._counter.count(exchange, model)
@@ -130,6 +134,7 @@ class Counter:
                 attempt.reply = stage.reader.finish()
                 exchange.unread = exchange.unread or stage.failed
             await self._count(flow, exchange)
+        await self._account(exchange)
         _label(flow, exchange)
         if flow.response is not None and not flows.is_streamed(flow):
             self._tell(flow.response, exchange, whole=True)
@@ -200,19 +205,40 @@ class Counter:
         if cost is None:
             if attempt.input_tokens is None and attempt.output_tokens is None:
                 return
-            route = exchange.route
-            own = route.source.price(attempt.model) if route and route.source else None
             if not self._prices.ready:
                 await asyncio.to_thread(self._prices.warm)
             billed = replace(
                 usage, input_tokens=attempt.input_tokens, output_tokens=attempt.output_tokens
             )
-            found = self._prices.cost(billed, attempt.provider, attempt.model, own)
+            found = self._look_up(exchange, attempt, billed)
             if found is None:
                 return
             cost, source = found
         attempt.cost_usd, exchange.cost_source = cost, source
         exchange.cost_usd = cost + (exchange.cost_usd or 0.0)
+
+    def _look_up(
+        self, exchange: Exchange, attempt: Attempt, usage: Usage
+    ) -> tuple[float, str] | None:
+        route = exchange.route
+        own = route.source.price(attempt.model) if route and route.source else None
+        return self._prices.cost(usage, attempt.provider, attempt.model, own)
+
+    async def _account(self, exchange: Exchange) -> None:
+        """Have the ledger say what the exchange saved, by the prices of its attempts."""
+
+        def price(attempt: Attempt, usage: Usage) -> float | None:
+            found = self._look_up(exchange, attempt, usage)
+            return found[0] if found is not None else None
+
+        def count(piece: Piece) -> int:
+            return self._counter.tokens_of(exchange, model, piece)
+
+        model = _model(exchange)
+        asks = exchange.savings or exchange.rewrite or len(exchange.attempts) > 1
+        if asks and not self._prices.ready:
+            await asyncio.to_thread(self._prices.warm)
+        self._ledger.settle(exchange, price, count)
 
     def _tell(self, response: http.Response, exchange: Exchange, *, whole: bool = False) -> None:
         """Put what is known into the reply's headers."""
@@ -233,7 +259,9 @@ class Counter:
         if whole and exchange.output_tokens is not None:
             told["Output-Tokens"] = str(exchange.output_tokens)
         if whole and exchange.cost_usd is not None:
-            told["Cost-Usd"] = f"{exchange.cost_usd:.9f}".rstrip("0").rstrip(".")
+            told["Cost-Usd"] = _dollars(exchange.cost_usd)
+            if exchange.saved_usd is not None:
+                told["Saved-Usd"] = _dollars(exchange.saved_usd)
         response.headers.fields += tuple(
             (b"X-Kimi-Proxy-" + name.encode(), _header(value)) for name, value in told.items()
         )
@@ -300,10 +328,17 @@ def _label(flow: http.HTTPFlow, exchange: Exchange) -> None:
         "kimi.cost_usd": exchange.cost_usd,
         "kimi.input_source": exchange.input_source,
         "kimi.output_source": exchange.output_source,
+        "kimi.saved_tokens": exchange.saved_tokens or None,
+        "kimi.saved_usd": exchange.saved_usd or None,
+        "kimi.cache_break": broken(exchange) or None,
     }
     flow.metadata.update({name: value for name, value in values.items() if value is not None})
     if exchange.partial:
         flow.metadata["kimi.partial"] = True
+
+
+def _dollars(amount: float) -> str:
+    return f"{round(amount, 9) + 0.0:.9f}".rstrip("0").rstrip(".")  # never -0
 
 
 def _header(value: str) -> bytes:

@@ -61,6 +61,9 @@ def row(exchange: Exchange) -> Row:
     usage, route, context = exchange.reply.usage, exchange.route, exchange.context_tokens
     duration = exchange.ended - exchange.started if exchange.ended is not None else None
     first = exchange.first_chunk
+    masks = [saving for saving in exchange.savings if saving.kind != "compression"]
+    summaries = [saving for saving in exchange.savings if saving.kind == "compression"]
+    saved = exchange.saved_tokens
     return {
         "id": exchange.id,
         "session_id": exchange.session_id,
@@ -103,6 +106,16 @@ def row(exchange: Exchange) -> Row:
         "response_bytes": exchange.response_bytes,
         "attempts": len(_attempts(exchange)),
         "mended": len(exchange.mends),
+        "gross_saved_usd": exchange.gross_saved_usd,
+        "lost_usd": exchange.lost_usd,
+        "spent_usd": exchange.spent_usd,
+        "masked_tokens": sum(saving.tokens for saving in masks) if saved else 0,
+        "compressed_tokens": sum(saving.tokens for saving in summaries) if saved else 0,
+        "masks": len(masks),
+        "recalls": sum(spending.kind == "recall" for spending in exchange.spendings),
+        "cache_break": exchange.cache_break,
+        "cache_break_by": exchange.cache_break_by or None,
+        "summary_id": summaries[0].hash if summaries else None,
     }
 
 
