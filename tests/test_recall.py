@@ -17,7 +17,7 @@ from kimi_core.attempts import Turn, join
 from kimi_core.dialects import Dialect
 from kimi_core.document import Document
 from kimi_core.enforcement import Enforcement
-from kimi_core.exchange import Attempt, Exchange, Operation, Route, Spending
+from kimi_core.exchange import Attempt, Exchange, Operation, Route
 from kimi_core.recall import MAX_RECALLS, NAME, Recall
 from kimi_core.recall.decider import MAX_CALLS, NO_MORE, ONE_BY_ONE
 from kimi_core.store import StoreError
@@ -567,26 +567,8 @@ def test_who_never_asks_again_needs_no_job() -> None:
     assert len(exchange.stages) == 1
 
 
-def test_the_request_after_a_recall_is_what_it_took() -> None:
+def test_recalls_are_the_replies_that_were_answered() -> None:
     exchange = exchange_of(body_of(CHAT), CHAT)
-
-    def attempt(rejected: str, *counts: int | None, cost: float | None = None) -> Attempt:
-        made = Attempt("p", "m", CHAT, rejected=rejected)
-        made.input_tokens, made.output_tokens = counts
-        made.cost_usd = cost
-        return made
-
-    exchange.attempts = [
-        attempt("recall", 100, 10, cost=0.1),
-        attempt("no_tool_call", 200, 20, cost=0.2),
-        attempt("recall", 300, 30, cost=0.3),
-        attempt("", 400, None),
-    ]
+    said = ("recall", "no_tool_call", "recall", "")
+    exchange.attempts = [Attempt("p", "m", CHAT, rejected=one) for one in said]
     assert recall.recalls(exchange) == 2
-    assert recall.spendings(exchange) == [
-        Spending("recall", 200, 20, 0.2),
-        Spending("recall", 400, 0, None),
-    ]
-    exchange.attempts = exchange.attempts[-1:]
-    assert recall.recalls(exchange) == 0
-    assert recall.spendings(exchange) == []

@@ -36,6 +36,7 @@ from weakref import WeakKeyDictionary
 from kimi_core.breaks import Breaks, Request, Step
 from kimi_core.context import Piece, sent
 from kimi_core.exchange import Attempt, Breaker, Exchange, Saving, Spending, Usage
+from kimi_core.recall import RECALL
 
 Price = Callable[[Attempt, Usage], float | None]
 """Returns the US dollars that an attempt would have cost with this usage; None: unknown."""
@@ -44,7 +45,6 @@ Count = Callable[[Piece], int]
 
 _ALL = 0.9
 """The share of a prompt that is as good as all of it: caches hold whole blocks."""
-_RECALL = "recall"
 
 
 class Ledger:
@@ -284,7 +284,7 @@ def _recalls(attempts: Sequence[Attempt], price: Price) -> list[Spending]:
     return [
         _recall(asking, further, price)
         for asking, further in pairwise(attempts)
-        if asking.rejected == _RECALL
+        if asking.rejected == RECALL
     ]
 
 

@@ -9,8 +9,7 @@ results, and the model can ask again. How the replies become one is the matter o
 Two dialects: OpenAI's chat.completions and Anthropic's messages; in others nothing is offered.
 """
 
-from kimi_core.recall.decider import MAX_RECALLS, RECALL, Lookup, Recall
+from kimi_core.recall.decider import MAX_RECALLS, RECALL, Lookup, Recall, recalls
 from kimi_core.recall.request import NAME, prepare
-from kimi_core.recall.spent import recalls, spendings
 
-__all__ = ["MAX_RECALLS", "NAME", "RECALL", "Lookup", "Recall", "prepare", "recalls", "spendings"]
+__all__ = ["MAX_RECALLS", "NAME", "RECALL", "Lookup", "Recall", "prepare", "recalls"]

@@ -13,6 +13,7 @@ from kimi_core import dialects
 from kimi_core.attempts import Call, Ending, Message
 from kimi_core.attempts.turn import bare
 from kimi_core.dialects import Dialect
+from kimi_core.exchange import Exchange
 from kimi_core.recall.excerpt import Wanted, excerpt
 from kimi_core.store import StoreError
 
@@ -138,3 +139,8 @@ def _number(given: dict[str, Any], name: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{name} is no whole number.")
     return max(1, value)
+
+
+def recalls(exchange: Exchange) -> int:
+    """Return how many replies were answered from the store."""
+    return sum(attempt.rejected == RECALL for attempt in exchange.attempts)
