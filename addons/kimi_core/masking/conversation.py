@@ -10,7 +10,7 @@ from typing import Any
 
 from kimi_core.document import NotJSON, Path, decode
 from kimi_core.exchange import Message, Part, SavingKind
-from kimi_core.masking import json_shape, lines, pasted
+from kimi_core.masking import json_shape, lines, observed, pasted
 from kimi_core.masking.cut import Cutter, is_code, is_listing
 from kimi_core.masking.lines import Lines
 from kimi_core.masking.policy import Policy
@@ -58,7 +58,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class _Masked:
-    """A text as it is sent; `original_lines` is how many there were."""
+    """A text as it is sent."""
 
     text: str
     lines: Sequence[Line]
@@ -80,6 +80,7 @@ class Conversation:
         self._cut: dict[str, str] = {}  # what was cut by what it was the result of
         self._results = 0
         self._users = 0
+        self._asked: str | None = None  # the text of the model's message, if that was the last
 
     def copy(self) -> Conversation:
         """Return a conversation that goes on from here by itself."""
@@ -89,6 +90,7 @@ class Conversation:
         made._named = self._named.copy()
         made._labels, made._cut = dict(self._labels), dict(self._cut)
         made._results, made._users = self._results, self._users
+        made._asked = self._asked
         return made
 
     def take(self, message: Message, policy: Policy | None) -> tuple[Change, ...]:
@@ -99,28 +101,47 @@ class Conversation:
             self._users += 1
         changes: list[Change] = []
         raw = _Raw(message)
-        last_id = ""
-        for part in message.parts:
+        last: object = None
+        results = self._observed(message)
+        for index, part in enumerate(message.parts):
             if part.kind == "tool_call":
-                self._take_call(part)
+                self._take_call(part, message)
             elif part.kind == "tool_result":
-                if not part.id or part.id != last_id:
-                    self._results += 1
-                last_id = part.id
+                one = part.id or part.path[:2]
+                self._results += one != last
+                last = one
                 may_change = policy is not None and _is_long(part.text) and raw.is_text(part)
                 changes += self._take_result(part, policy if may_change else None)
             elif part.kind == "text" and message.role == "assistant":
                 self._named.read(part.text)
+            elif index in results:
+                self._results += 1
+                may_change = policy is not None and _is_long(part.text) and raw.is_text(part)
+                given = policy if may_change else None
+                changes += self._take_result(part, given, results[index])
             elif part.kind == "text" and message.role == "user" and part.category != "system":
                 may_change = policy is not None and _is_long(part.text) and raw.is_text(part)
                 changes += self._take_user(part, policy if may_change else None)
         return tuple(changes)
 
-    def _take_call(self, part: Part) -> None:
+    def _observed(self, message: Message) -> dict[int, str]:
+        """Return which parts of a user's message are results, by their labels."""
+        asked, self._asked = self._asked, None
+        if message.role == "assistant":
+            self._asked = "\n".join(part.text for part in message.parts if part.kind == "text")
+        if message.role != "user" or asked is None:
+            return {}
+        texts = [part.text if part.kind == "text" else "" for part in message.parts]
+        return observed.results(asked, texts)
+
+    def _take_call(self, part: Part, message: Message) -> None:
         value = _arguments(part.text)
         label = _label(part.name, value)
-        self._labels.pop(part.id, None)
-        self._labels[part.id] = label
+        key = part.id or part.name
+        self._labels.pop(key, None)
+        # Gemini's calls have no ids: which of two of one name brought a result is not known.
+        is_known = part.id or sum(other.name == part.name for other in message.parts) == 1
+        self._labels[key] = label if is_known else part.name
         if len(self._labels) > _LABELS:
             del self._labels[next(iter(self._labels))]
         for member in _texts(value):
@@ -128,8 +149,11 @@ class Conversation:
             if member.count("\n") > 2:
                 self._show(Source("call", 0, label), plain(lines.read(member)))
 
-    def _take_result(self, part: Part, policy: Policy | None) -> Iterator[Change]:
-        label = self._labels.get(part.id) or part.name
+    def _take_result(
+        self, part: Part, policy: Policy | None, label: str | None = None
+    ) -> Iterator[Change]:
+        if label is None:
+            label = self._labels.get(part.id or part.name) or part.name
         source = Source("result", self._results, label)
         value = json_shape.parse(part.text)
         inner = json_shape.wrapped(part.text, value) if value is not None else None
@@ -167,7 +191,7 @@ class Conversation:
             return False
         if hash in self._cut.values():
             return True
-        if label in self._cut:
+        if label and label in self._cut:
             return False
         hidden = sum(map(self._hidden.has, given.hashes))
         return hidden > _HIDDEN_SHARE * len(given)
@@ -180,38 +204,46 @@ class Conversation:
         at = 0
         found = list(pasted.blocks(part.text)) if policy else []
         hash = _hash(part.text) if found else ""
-        typed = part.text
-        for start, end, _ in reversed(found):
-            typed = typed[:start] + typed[end:]
-        self._named.read(typed)
+        hidden: list[tuple[Lines, Sequence[Line]]] = []
+        self._named.read(_between(part.text, found))
         for start, end, _ in found:
             block = part.text[start:end]
             if policy is None or not _is_long(block):
                 continue
             given = lines.read(block)
-            masked = self._masked(block, given, policy, hash, None)
+            # "Above" would be above in the block, or in the message?
+            masked = self._masked(block, given, policy, hash, None, above=False)
             if masked is None:
                 continue
             before = part.text[at:start]
             pieces += before, masked.text
-            shown += plain(lines.read(before))
-            shown += masked.lines
+            shown = _glued(_glued(shown, plain(lines.read(before))), masked.lines)
             kinds += masked.kinds
-            self._hide(source, given, masked.lines)
+            hidden.append((given, masked.lines))
             at = end
         if pieces:
             rest = part.text[at:]
             text = "".join((*pieces, rest))
-            masked = _Masked(text, (*shown, *plain(lines.read(rest))), tuple(dict.fromkeys(kinds)))
+            shown = _glued(shown, plain(lines.read(rest)))
+            masked = _Masked(text, shown, tuple(dict.fromkeys(kinds)))
             change = _change(part, masked, hash, "the user's message")
             if change is not None:
                 self._show(source, masked.lines)
+                for given, made in hidden:
+                    self._hide(source, given, made)
                 yield change
                 return
         self._show(source, plain(lines.read(part.text)))
 
     def _masked(
-        self, text: str, given: Lines, policy: Policy, hash: str, value: Any
+        self,
+        text: str,
+        given: Lines,
+        policy: Policy,
+        hash: str,
+        value: Any,
+        *,
+        above: bool = True,
     ) -> _Masked | None:
         """Return how a text is sent, None as it is."""
         count = _TOKENIZER.count
@@ -219,7 +251,7 @@ class Conversation:
         if tokens < _MIN_TOKENS:
             return None
         # So long a text will be cut, and then nothing in it may point at what is.
-        above = len(given) <= _MANY_LINES
+        above = above and len(given) <= _MANY_LINES
         made = refer(given, self._shown, count, above=above) if policy.references else plain(given)
         is_referred = len(made) < len(given)
         joined = _joined(made)
@@ -233,8 +265,8 @@ class Conversation:
             return _Masked(_joined(noted), noted, ("reference",))
         if value is not None and not is_referred:
             note = f"cut; the whole: kimi-proxy mask {hash}"
-            fits = lambda made: count(made) <= policy.keep + 40  # noqa: E731
-            shape = json_shape.shaped(text, value, fits, note)
+            most = policy.keep + _NOTE_TOKENS
+            shape = json_shape.shaped(text, value, lambda made: count(made) <= most, note)
             if shape is not None:
                 return _Masked(shape, (), ("cut",))
         if any(line.is_above for line in made):
@@ -312,6 +344,28 @@ _TOKENIZER = tokenizer_for("o200k")
 
 def _is_long(text: str) -> bool:
     return len(text) >= _MIN_CHARS
+
+
+def _between(text: str, blocks: Sequence[tuple[int, int, str]]) -> str:
+    pieces: list[str] = []
+    at = 0
+    for start, end, _ in blocks:
+        pieces.append(text[at:start])
+        at = end
+    return "".join((*pieces, text[at:]))
+
+
+def _glued(first: Sequence[Line], second: Sequence[Line]) -> list[Line]:
+    """Return the lines of two texts of which the second goes on in the first one's last line."""
+    if not first or not second:
+        return [*first, *second]
+    last, following = first[-1], second[0]
+    if not last.text:
+        return [*first[:-1], *second]
+    if not following.text:
+        return [*first, *second[1:]]
+    both = replace(following, text=last.text + following.text, hash=0, number=-1)
+    return [*first[:-1], both, *second[1:]]
 
 
 def _joined(made: Sequence[Line]) -> str:

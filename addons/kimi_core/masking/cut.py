@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from kimi_core.masking.lines import bare
 from kimi_core.masking.references import Count, Line
 from kimi_core.masking.relevance import Named
 
@@ -48,7 +49,7 @@ def is_listing(lines: Sequence[Line]) -> bool:
 
 def is_code(lines: Sequence[Line]) -> bool:
     """Tell whether it looks like a file of a program, by some of its lines."""
-    said = [line.text for line in lines if line.hash and line.text]
+    said = [bare(line.text, line.number) for line in lines if line.hash and line.text]
     sample = said[:: max(1, len(said) // 400)]
     return 2 * sum(_CODE.search(text[:_LOOKED_AT]) is not None for text in sample) > len(sample)
 
@@ -109,7 +110,7 @@ def _within(line: Line, chars: int) -> Line:
 def _scores(lines: Sequence[Line], named: Named) -> list[float]:
     source = is_listing(lines) or is_code(lines)
     diff = any(line.text.startswith("@@ ") for line in lines)
-    texts = [line.text for line in lines]
+    texts = [bare(line.text, line.number) for line in lines]
     scores = named.weights(texts)
     kinds = [] if source or diff else [_kind(text) for text in texts]
     frequent = Counter(kinds)
@@ -117,13 +118,13 @@ def _scores(lines: Sequence[Line], named: Named) -> list[float]:
     seen: set[int] = set()
     for index, line in enumerate(lines):
         if diff:
-            scores[index] += _in_diff(line.text)
+            scores[index] += _in_diff(texts[index])
         elif source:
-            scores[index] += 1.1 if _DECLARES.search(line.text[:_LOOKED_AT]) else 0.1
+            scores[index] += 0.6 if _DECLARES.search(texts[index][:_LOOKED_AT]) else 0.1
         else:
             # What a command says once is news; what it says of each of a hundred files is not.
-            scores[index] += _told(line.text, shapes) + 1 / frequent[kinds[index]]
-        if not line.text.strip():
+            scores[index] += _told(texts[index], shapes) + 1 / frequent[kinds[index]]
+        if not texts[index].strip():
             scores[index] = 0.0
         elif line.hash in seen:
             scores[index] *= 0.3
@@ -131,7 +132,7 @@ def _scores(lines: Sequence[Line], named: Named) -> list[float]:
             seen.add(line.hash)
         else:
             scores[index] += 1.0
-    return _spread(scores, 0.8 if source else 0.5)
+    return _spread(scores, 0.2 if diff else 0.8 if source else 0.5)
 
 
 def _kind(text: str) -> str:

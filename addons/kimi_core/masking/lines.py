@@ -34,18 +34,27 @@ class Lines:
 
     def bare(self, index: int) -> str:
         """Return a line without its number."""
-        line = self.texts[index]
-        match = _NUMBER.match(line) if self.numbers[index] >= 0 else None
-        return line[match.end() :] if match else line
+        return bare(self.texts[index], self.numbers[index])
 
 
 def read(text: str) -> Lines:
     """Return the lines of a text, cleaned of what a terminal would not show."""
-    texts = clean(text).split("\n")
-    numbers, starts = _numbered(texts)
-    return Lines(
-        texts, [_hash(line[start:]) for line, start in zip(texts, starts, strict=True)], numbers
-    )
+    shown = clean(text).split("\n")
+    numbers, starts = _numbered(shown)
+    rests = [line[start:].rstrip() for line, start in zip(shown, starts, strict=True)]
+    known = {rest: _hash(rest) for rest in dict.fromkeys(rests)}
+    # An empty line keeps what follows its number.
+    texts = [
+        line[:start] + rest if start else rest
+        for line, start, rest in zip(shown, starts, rests, strict=True)
+    ]
+    return Lines(texts, [known[rest] for rest in rests], numbers)
+
+
+def bare(line: str, number: int) -> str:
+    """Return a line without the number that it is known to have, -1 for none."""
+    match = _NUMBER.match(line) if number >= 0 else None
+    return line[match.end() :] if match else line
 
 
 def clean(text: str) -> str:
@@ -53,20 +62,20 @@ def clean(text: str) -> str:
     if "\x1b" in text:
         text = _CONTROL.sub("", text)
     if "\r" not in text and "\x08" not in text:
-        return "\n".join(map(str.rstrip, text.split("\n")))
+        return text
     return "\n".join(map(_settled, text.split("\n")))
 
 
 def _settled(line: str) -> str:
     """Return what is left of a line that was written over: often the last of many states."""
-    pieces = [_rubbed_out(piece) for piece in line.rstrip().split("\r")]
+    pieces = [_rubbed_out(piece) for piece in line.rstrip("\r").split("\r")]
     kept = [
         piece
         for piece, following in itertools.pairwise(pieces)
         # What is about something else was hardly meant to be written over.
         if piece.strip() and _subject(piece) != _subject(following)
     ]
-    return "\n".join(piece.rstrip() for piece in (*kept, pieces[-1]))
+    return "\n".join((*kept, pieces[-1]))
 
 
 def _subject(piece: str) -> str:

@@ -54,14 +54,11 @@ class _Found:
     """So many lines before it are repeated, again and again."""
 
 
-def plain(lines: Lines) -> list[Line]:
-    """Return all lines as they are."""
-    return [
-        Line(text, hash, number, index)
-        for index, (text, hash, number) in enumerate(
-            zip(lines.texts, lines.hashes, lines.numbers, strict=True)
-        )
-    ]
+def plain(lines: Lines, start: int = 0, end: int | None = None) -> list[Line]:
+    """Return the lines from `start` to `end`, all unless told otherwise, as they are."""
+    span = slice(start, end)
+    given = zip(lines.texts[span], lines.hashes[span], lines.numbers[span], strict=True)
+    return [Line(*line, index) for index, line in enumerate(given, start)]
 
 
 def refer(lines: Lines, shown: Shown, count: Count, *, above: bool = True) -> list[Line]:
@@ -84,12 +81,11 @@ class _Referrer:
         self._named: set[tuple[str, int, str]] = set()
 
     def lines(self) -> list[Line]:
-        every = plain(self._given)
         made: list[Line] = []
         saved: list[tuple[int, int]] = []  # up to which line, how many stand for more
         at = 0
         for found in self._find():
-            made += every[at : found.start]
+            made += plain(self._given, at, found.start)
             at = found.start + found.length
             if found.period and not self._above:
                 first = found.start - found.period
@@ -99,12 +95,12 @@ class _Referrer:
                 made.append(Line(text, 0, -1, first, found.period + found.length))
                 continue
             place = found.at
-            if found.is_above and (before := bisect_right(saved, (found.at, len(every)))):
+            if found.is_above and (before := bisect_right(saved, (found.at, len(self._given)))):
                 place -= saved[before - 1][1]
             text = self._said(found, place)
             made.append(Line(text, 0, -1, found.start, found.length, is_above=found.is_above))
             saved.append((at, at - len(made)))
-        return [*made, *every[at:]]
+        return [*made, *plain(self._given, at)]
 
     def _find(self) -> list[_Found]:
         found: list[_Found] = []
