@@ -28,7 +28,7 @@ def match(
     rule: str = "",
 ) -> Match:
     entry = ModelRule(rule or model)
-    return Match(model, entry, tuple(targets), strategy, None, None, False)
+    return Match(model, entry, tuple(targets), strategy, None, None, False, False)
 
 
 def choose(
