@@ -34,7 +34,8 @@ from mitmproxy.test import taddons
 import cli
 from kimi_core import rules
 from kimi_core.rules_schema import described
-from kimi_core.store_schema import connect, migrate
+from kimi_core.store.schema import connect, migrate
+from kimi_core.web.mounted import endpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -256,6 +257,13 @@ def _first_paragraph(text: str | None) -> str:
     return " ".join((text or "").strip().partition("\n\n")[0].split())
 
 
+def _endpoints() -> Iterator[Row]:
+    yield "address", "method", "what it does"
+    for endpoint in endpoints(chain()):
+        path = re.sub(r"\(\[\^/\]\+\)", "ID", endpoint.pattern)
+        yield _code(f"/api/{path}"), endpoint.method, endpoint.summary
+
+
 KEPT = "\0"
 """The cell that README itself holds."""
 
@@ -266,6 +274,7 @@ TABLES: dict[str, Callable[[], Iterator[Row]]] = {
     "commands": _commands,
     "command options": _flags,
     "settings": _settings,
+    "endpoints": _endpoints,
     **{f"columns of {table}": _columns(table) for table in tables()},
 }
 

@@ -26,10 +26,10 @@ import cli
 import docs
 import guard
 import router
-import stats
 from docs import ROOT
-from kimi_core import child_env, dialects, env, flows, process, rules
+from kimi_core import child_env, dialects, env, flows, process, rules, web
 from kimi_core.tokens import tokenizer_for
+from kimi_core.web.site import ROUTES
 from proxy import PLANTED, Proxy, wait_until
 from upstream import Upstream
 
@@ -173,7 +173,7 @@ def _variables_read(path: Path) -> Iterator[str]:
 
 
 def test_each_route_of_the_stats_page_is_documented_and_no_other() -> None:
-    routes = [pattern for pattern, _, _ in stats.Stats().routes() if pattern != ".*"]
+    routes = [pattern for pattern, _ in ROUTES if pattern != ".*"]
     rows = _rows_with("address", "query", "answer")
     shown = [path for row in rows for span in _code(row[0]) for path in [span.replace("ID", "x")]]
     shown += [span for row in rows for span in _code(row[2]) if span.startswith("/")]
@@ -187,15 +187,16 @@ def test_each_query_parameter_of_a_route_is_documented_and_no_other() -> None:
     taken = _query_parameters()
     for row in _rows_with("address", "query", "answer"):
         path = _code(row[0])[0].replace("ID", "x")
-        handler = next(h for p, h, _ in stats.Stats().routes() if re.fullmatch(p, path))
+        handler = next(h for p, h in ROUTES if re.fullmatch(p, path))
         assert set(_code(row[1])) == taken.get(handler.__name__, set()), path
 
 
 def _query_parameters() -> dict[str, set[str]]:
     """Return the names that each handler of the page asks its query for."""
     found: dict[str, set[str]] = {}
-    tree = ast.parse(Path(stats.__file__).read_text(encoding="utf-8"))
-    for owner in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+    files = Path(web.__file__).parent.glob("*.py")
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
+    for owner in (node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)):
         for call in (node for node in ast.walk(owner) if isinstance(node, ast.Call)):
             called = call.func.attr if isinstance(call.func, ast.Attribute) else ""
             if called == "limit":
@@ -232,6 +233,7 @@ def test_each_name_in_a_flows_metadata_is_documented_and_no_other() -> None:
             "addons/counter.py",
             "addons/enforcer.py",
             "addons/normalizer.py",
+            "addons/views.py",
             "addons/kimi_core/flows.py",
         )
         for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8")))

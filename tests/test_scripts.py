@@ -16,6 +16,7 @@ ALL = (
     "hook_cache.py",
     "guard.py",
     "router.py",
+    "compressor.py",
     "enforcer.py",
     "normalizer.py",
     "counter.py",

@@ -78,6 +78,8 @@ __all__ = [
     "settings",
 ]
 
+EXTRACT = "extract"
+"""In the place of a model's name: no model writes the summary."""
 MAX_ANSWERS = 1000
 """Matches that are remembered; a client that asks for ever new names begins the list anew."""
 
@@ -606,9 +608,13 @@ class _Loading:
             self._report(path, problem)
         if spec is not None and not self._found:
             rules = self._built(spec)
-            if (what := _default_model_problem(rules)) is not None:
-                self._report(("default_model",), what)
-            else:
+            for place, what in (
+                (("default_model",), _default_model_problem(rules)),
+                (("compression", "model"), _summariser_problem(rules)),
+            ):
+                if what is not None:
+                    self._report(place, what)
+            if not self._found:
                 return rules
         self._found.sort(key=lambda pair: pair[0])
         raise RulesError(self._path, list(dict.fromkeys(found for _, found in self._found)))
@@ -855,6 +861,14 @@ def _default_model_problem(rules: Rules) -> str | None:
     if name is None or rules.match(name) or rules.detect(None, name, None):
         return None
     hint = guess(name, (rule.name for rule in rules.offered()), "the models are")
+    return f"{quoted(name)} is a model that no rule with targets names; {hint}"
+
+
+def _summariser_problem(rules: Rules) -> str | None:
+    name = rules.compression.model
+    if name in (None, EXTRACT) or rules.match(name) or rules.detect(None, name, None):
+        return None
+    hint = guess(name, [EXTRACT, *(rule.name for rule in rules.offered())], "the models are")
     return f"{quoted(name)} is a model that no rule with targets names; {hint}"
 
 

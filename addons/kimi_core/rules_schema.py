@@ -23,6 +23,7 @@ from kimi_core.env import NAME, REFERENCE, quoted
 Dialect = Literal["openai", "responses", "anthropic", "gemini"]
 Strategy = Literal["first", "round_robin", "random", "weighted_random", "best"]
 Markup = Literal["kimi-k2", "kimi-k3", "none"]
+Profile = Literal["quality", "balanced", "savings"]
 Place = tuple[str | int, ...]
 """Where a value stands: the keys and indexes that lead to it."""
 
@@ -402,6 +403,12 @@ class SanitizerSettings(_Section):
         "instead of sent again.",
         examples=[False],
     )
+    recall: bool = Field(
+        False,
+        description="Whether the model is offered a tool by which it reads what was left out, "
+        "without the client's knowing.",
+        examples=[True],
+    )
     keep_days: int = Field(
         30,
         ge=1,
@@ -455,6 +462,16 @@ class CompressionSettings(_Section):
     )
     auto: bool = Field(
         False, description="Whether it happens without being asked for.", examples=[False]
+    )
+    model: ModelName | None = Field(
+        None,
+        description="The model that writes the summary, a name that models: serves, or extract: "
+        "none, what can be read off the conversation; null: the conversation's own model.",
+        examples=["claude-haiku-4-5"],
+    )
+    profile: Profile = Field(
+        "balanced",
+        description="How long a summary may be: quality 600 words, balanced 300, savings 150.",
     )
 
 

@@ -129,12 +129,16 @@ def _parts(part: dict[str, Any], path: tuple[str | int, ...], category: Category
     if isinstance(result, dict):
         response = result.get("response")
         where: tuple[str | int, ...] = (*path, key, "response")
-        if isinstance(response, dict) and len(response) == 1:
-            # {"output": "..."} or {"result": "..."}: the text itself is what can be cut.
-            inner, only = next(iter(response.items()))
-            if isinstance(only, str):
-                where, response = (*where, inner), only
         name, id_ = text(result.get("name")), text(result.get("id"))
+        if isinstance(response, dict):
+            # {"output": "..."} or {"stdout": "...", "exit_code": 0}: a text itself can be cut.
+            least = _LONG_TEXT if len(response) > 1 else 0
+            long = {k: v for k, v in response.items() if isinstance(v, str) and len(v) >= least}
+            for inner, said in long.items():
+                yield Part("tool_result", "tool_result", said, (*where, inner), name, id_)
+            response = {k: v for k, v in response.items() if k not in long}
+            if long and not response:
+                return
         yield Part("tool_result", "tool_result", any_text(response), where, name, id_)
     key, inline = _either(part, "inlineData", "inline_data")
     if isinstance(inline, dict):
@@ -148,6 +152,9 @@ def _parts(part: dict[str, Any], path: tuple[str | int, ...], category: Category
         if isinstance(code, dict) and (said := text(code.get(field))):
             yield Part("other", category, said, (*path, key, field))
 
+
+_LONG_TEXT = 500
+"""From so many characters on, a text among a function's results is a part of its own."""
 
 _CODE = (
     (("executableCode", "executable_code"), "code"),

@@ -147,7 +147,7 @@ class Conversation:
         for member in _texts(value):
             self._named.read(member)
             if member.count("\n") > 2:
-                self._show(Source("call", 0, label), plain(lines.read(member)))
+                self._show_all(Source("call", 0, label), lines.read(member))
 
     def _take_result(
         self, part: Part, policy: Policy | None, label: str | None = None
@@ -161,7 +161,7 @@ class Conversation:
         text = inner[1] if inner else part.text
         given = lines.read(text)
         if policy is None:
-            self._show(source, plain(given))
+            self._show_all(source, given)
             return
         if policy.threshold and self._wanted(label, hash, given):
             policy = replace(policy, threshold=0)
@@ -171,7 +171,7 @@ class Conversation:
             masked = _Masked(outer, masked.lines, masked.kinds) if outer is not None else None
         change = _change(part, masked, hash, label)
         if masked is None or change is None:
-            self._show(source, plain(given))
+            self._show_all(source, given)
             return
         self._show(source, masked.lines)
         if "cut" in masked.kinds:
@@ -193,7 +193,7 @@ class Conversation:
             return True
         if label and label in self._cut:
             return False
-        hidden = sum(map(self._hidden.has, given.hashes))
+        hidden = len(self._hidden.known(given.hashes))
         return hidden > _HIDDEN_SHARE * len(given)
 
     def _take_user(self, part: Part, policy: Policy | None) -> Iterator[Change]:
@@ -233,7 +233,7 @@ class Conversation:
                     self._hide(source, given, made)
                 yield change
                 return
-        self._show(source, plain(lines.read(part.text)))
+        self._show_all(source, lines.read(part.text))
 
     def _masked(
         self,
@@ -252,10 +252,13 @@ class Conversation:
             return None
         # So long a text will be cut, and then nothing in it may point at what is.
         above = above and len(given) <= _MANY_LINES
-        made = refer(given, self._shown, count, above=above) if policy.references else plain(given)
+        referred = refer(given, self._shown, count, above=above) if policy.references else None
+        joined = _joined(referred) if referred else "\n".join(given.texts)
+        left = count(joined) if joined != text else tokens
+        if tokens - left < _MIN_SAVED and (policy.threshold <= 0 or left <= policy.threshold):
+            return None
+        made = referred or plain(given)
         is_referred = len(made) < len(given)
-        joined = _joined(made)
-        left = count(joined)
         listed, code = is_listing(made), is_code(made)
         slack = _LISTED if listed else _CODE_SLACK if code else 1
         if policy.threshold <= 0 or left <= slack * policy.threshold:
@@ -270,7 +273,7 @@ class Conversation:
             if shape is not None:
                 return _Masked(shape, (), ("cut",))
         if any(line.is_above for line in made):
-            made = refer(given, self._shown, count, above=False)
+            made = refer(given, self._shown, count, above=False) or plain(given)
         limit = policy.keep
         if listed or code:
             limit = max(limit, (_LISTED if listed else 1) * policy.threshold - _NOTE_TOKENS)
@@ -289,6 +292,9 @@ class Conversation:
                 break
             budget = int(0.9 * budget * limit / tokens)
         return _Masked(text, sent, ("reference", "cut") if is_referred else ("cut",))
+
+    def _show_all(self, source: Source, given: Lines) -> None:
+        self._shown.add(source, given.hashes, given.numbers)
 
     def _show(self, source: Source, made: Sequence[Line]) -> None:
         hashes: list[int] = []
@@ -364,7 +370,7 @@ def _glued(first: Sequence[Line], second: Sequence[Line]) -> list[Line]:
         return [*first[:-1], *second]
     if not following.text:
         return [*first, *second[1:]]
-    both = replace(following, text=last.text + following.text, hash=0, number=-1)
+    both = following._replace(text=last.text + following.text, hash=0, number=-1)
     return [*first[:-1], both, *second[1:]]
 
 

@@ -11,6 +11,7 @@ import xxhash
 
 # `  12\t` of cat -n, `12:` of SWE-agent, `12|` and `  12→` of editors' tools.
 _NUMBER = re.compile(r"\s{0,12}(\d{1,9})[:|\t→]")
+_NUMBER_BELOW = re.compile(rf"\n{_NUMBER.pattern}")
 # Colours and cursor movements (CSI), titles (OSC), and what a terminal is switched by.
 _CONTROL = re.compile(
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]{0,4096}(?:\x07|\x1b\\)|[()][0-9A-B]|[=>78MDEHc])"
@@ -39,16 +40,19 @@ class Lines:
 
 def read(text: str) -> Lines:
     """Return the lines of a text, cleaned of what a terminal would not show."""
-    shown = clean(text).split("\n")
+    text = clean(text)
+    shown = text.split("\n")
+    if not _NUMBER.match(text) and not _NUMBER_BELOW.search(text):
+        texts = [line.rstrip() for line in shown]
+        return Lines(texts, _hashes(texts), [-1] * len(texts))
     numbers, starts = _numbered(shown)
     rests = [line[start:].rstrip() for line, start in zip(shown, starts, strict=True)]
-    known = {rest: _hash(rest) for rest in dict.fromkeys(rests)}
     # An empty line keeps what follows its number.
     texts = [
         line[:start] + rest if start else rest
         for line, start, rest in zip(shown, starts, rests, strict=True)
     ]
-    return Lines(texts, [known[rest] for rest in rests], numbers)
+    return Lines(texts, _hashes(rests), numbers)
 
 
 def bare(line: str, number: int) -> str:
@@ -118,5 +122,6 @@ def _numbered(texts: Sequence[str]) -> tuple[list[int], list[int]]:
     return numbers, ends
 
 
-def _hash(line: str) -> int:
-    return xxhash.xxh3_64_intdigest(line.encode("utf-8", "surrogatepass")) or 1
+def _hashes(lines: Sequence[str]) -> list[int]:
+    hashed = xxhash.xxh3_64_intdigest
+    return [hashed(line.encode("utf-8", "surrogatepass")) or 1 for line in lines]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kimi_core.masking.lines import Lines
 from kimi_core.masking.shown import Shown, Source
@@ -15,6 +17,8 @@ _MIN_LINES = 3
 _MIN_TOKENS = 60
 """What a run of fewer lines must come to: one long line is worth it, two short ones are not."""
 _MIN_SAVED = 8
+_MIN_SAID = 5
+"""What stands for a run has so many tokens at least: it has as many words."""
 _COUNTED_CHARS = 1_200
 """A longer run saves in any case."""
 _MAX_PERIOD = 8
@@ -23,8 +27,7 @@ _QUOTED_LINES, _MIN_QUOTED, _QUOTED_CHARS = 6, 6, 32
 _RECENT = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """A line as it is sent, and which of the original's lines it stands for."""
 
     text: str
@@ -57,13 +60,14 @@ class _Found:
 def plain(lines: Lines, start: int = 0, end: int | None = None) -> list[Line]:
     """Return the lines from `start` to `end`, all unless told otherwise, as they are."""
     span = slice(start, end)
-    given = zip(lines.texts[span], lines.hashes[span], lines.numbers[span], strict=True)
-    return [Line(*line, index) for index, line in enumerate(given, start)]
+    texts, hashes, numbers = lines.texts[span], lines.hashes[span], lines.numbers[span]
+    return list(map(Line, texts, hashes, numbers, range(start, len(lines))))
 
 
-def refer(lines: Lines, shown: Shown, count: Count, *, above: bool = True) -> list[Line]:
+def refer(lines: Lines, shown: Shown, count: Count, *, above: bool = True) -> list[Line] | None:
     """Return the lines with a reference in the place of each run that is shown already.
 
+    None when there is no such run.
     Without `above` none points into the text itself, so that any of its lines may be left out;
     what is repeated then stands in one line with its repetition.
     """
@@ -76,15 +80,19 @@ class _Referrer:
         self._shown = shown
         self._count = count
         self._above = above
-        self._visible = bytearray(len(lines))
+        self._visible = bytearray(b"\1") * len(lines)
+        self._repeated = {hash for hash, times in Counter(lines.hashes).items() if times > 1}
         self._recent: dict[int, list[int]] = {}
         self._named: set[tuple[str, int, str]] = set()
 
-    def lines(self) -> list[Line]:
+    def lines(self) -> list[Line] | None:
+        every = self._find()
+        if not every:
+            return None
         made: list[Line] = []
         saved: list[tuple[int, int]] = []  # up to which line, how many stand for more
         at = 0
-        for found in self._find():
+        for found in every:
             made += plain(self._given, at, found.start)
             at = found.start + found.length
             if found.period and not self._above:
@@ -105,26 +113,32 @@ class _Referrer:
     def _find(self) -> list[_Found]:
         found: list[_Found] = []
         hashes = self._given.hashes
-        index = floor = 0
-        while index < len(hashes):
+        end = floor = 0
+        for index in self._beginnings():
+            if index < end:
+                continue
             one = self._best(index, floor)
             if one is not None and self._saves(one):
                 found.append(one)
-                for gone in range(one.start, index):
-                    self._visible[gone] = 0
-                index = floor = one.start + one.length
+                end = floor = one.start + one.length
+                self._visible[one.start : end] = bytes(one.length)
                 continue
             # A run that saves nothing holds none that does, but perhaps the start of another.
             end = max(index + 1, one.start + one.length if one else 0)
             for seen in range(index, end):
-                self._visible[seen] = 1
-                if len(self._given.texts[seen]) < _SHORT:
-                    continue
-                recent = self._recent.setdefault(hashes[seen], [])
-                recent.append(seen)
-                del recent[:-_RECENT]
-            index = end
+                if hashes[seen] in self._repeated and len(self._given.texts[seen]) >= _SHORT:
+                    recent = self._recent.setdefault(hashes[seen], [])
+                    recent.append(seen)
+                    del recent[:-_RECENT]
         return found
+
+    def _beginnings(self) -> list[int]:
+        """Return the lines that stand elsewhere, so that a run may begin there."""
+        hashes, known = self._given.hashes, self._shown.known(self._given.hashes)
+        if not self._repeated:
+            return known
+        again = [index for index, hash in enumerate(hashes) if hash in self._repeated]
+        return sorted({*known, *again})
 
     def _best(self, index: int, floor: int) -> _Found | None:
         if len(self._given.texts[index]) < _SHORT:
@@ -167,14 +181,21 @@ class _Referrer:
         if found.length < _MIN_LINES and not found.period:
             needed = _MIN_TOKENS
         else:
-            needed = 0
+            needed = _MIN_SAVED + _MIN_SAID
         texts = self._given.texts[found.start : found.start + found.length]
         if sum(map(len, texts)) >= _COUNTED_CHARS:
             return True
-        tokens = self._count("\n".join(texts))
+        text = "\n".join(texts)
+        # A text has no more tokens than bytes.
+        if len(text) < needed and text.isascii():
+            return False
+        tokens = self._count(text)
         if tokens < needed:
             return False
-        return tokens - self._count(self._said(found, found.at, keep=False)) >= _MIN_SAVED
+        said = self._said(found, found.at, keep=False)
+        if said.isascii() and tokens - len(said) >= _MIN_SAVED:
+            return True
+        return tokens - self._count(said) >= _MIN_SAVED
 
     def _said(self, found: _Found, place: int, *, keep: bool = True) -> str:
         """Return the line that stands for a run; `place` is that of its source in the same text."""

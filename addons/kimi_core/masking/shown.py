@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,8 +84,8 @@ class Shown:
 
     def _link(self, first: int) -> None:
         heads, before, mask = self._heads, self._before, len(self._heads) - 1
-        for at in range(first, len(self.hashes)):
-            if known := self.hashes[at]:
+        for at, known in enumerate(self.hashes[first:], first):
+            if known:
                 slot = known & mask
                 before[at] = heads[slot]
                 heads[slot] = at
@@ -101,9 +101,14 @@ class Shown:
     def number(self, at: int) -> int:
         return self.numbers[at]
 
-    def has(self, hash: int) -> bool:
-        """Tell whether a line is shown, as far as that is found soon."""
-        return next(self._places(hash), None) is not None
+    def known(self, hashes: Sequence[int]) -> list[int]:
+        """Return which of these lines are shown, as far as that is found soon."""
+        heads, shown, mask = self._heads, self.hashes, len(self._heads) - 1
+        return [
+            index
+            for index, hash in enumerate(hashes)
+            if (at := heads[hash & mask]) and (shown[at] == hash or self._places(hash))
+        ]
 
     def longest(self, lines: Lines, index: int, floor: int) -> Run | None:
         """Return the longest run with this line in it that begins at `floor` or after."""
@@ -114,34 +119,37 @@ class Shown:
                 best = run
         return best
 
-    def _places(self, wanted: int) -> Iterator[int]:
+    def _places(self, wanted: int) -> list[int]:
+        hashes, before = self.hashes, self._before
         at = self._heads[wanted & (len(self._heads) - 1)]
-        found = 0
+        found: list[int] = []
         for _ in range(_STEPS):
-            if not at or found == _CANDIDATES:
-                return
-            if self.hashes[at] == wanted:
-                found += 1
-                yield at
-            at = self._before[at]
+            if not at or len(found) == _CANDIDATES:
+                break
+            if hashes[at] == wanted:
+                found.append(at)
+            at = before[at]
+        return found
 
     def _extended(self, lines: Lines, index: int, at: int, floor: int) -> Run:
         hashes, shown = lines.hashes, self.hashes
         here, there = lines.numbers, self.numbers
         is_here, is_there = here[index] >= 0, there[at] >= 0
-        shift = there[at] - here[index]
+        shift, offset = there[at] - here[index], at - index
         is_shifted = is_here and is_there
 
-        def continues(a: int, b: int) -> bool:
-            if hashes[a] != shown[b] or (here[a] >= 0) != is_here or (there[b] >= 0) != is_there:
+        def continues(a: int) -> bool:
+            b = a + offset
+            if (here[a] >= 0) != is_here or (there[b] >= 0) != is_there:
                 return False
             return not is_shifted or there[b] - here[a] == shift
 
         first, last = index, index + 1
-        lowest = max(floor, index - _BACKWARDS)
-        while first > lowest and continues(first - 1, at - (index - first) - 1):
+        lowest, end = max(floor, index - _BACKWARDS), len(hashes)
+        while (
+            first > lowest and hashes[first - 1] == shown[first - 1 + offset] and continues(first - 1)
+        ):
             first -= 1
-        end, offset = len(hashes), at - index
-        while last < end and continues(last, last + offset):
+        while last < end and hashes[last] == shown[last + offset] and continues(last):
             last += 1
-        return Run(first, last - first, at - (index - first))
+        return Run(first, last - first, first + offset)
