@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from mitmproxy import command, ctx, exceptions, http
 from mitmproxy.addonmanager import Loader
@@ -16,7 +16,7 @@ from kimi_core.context import Context
 from kimi_core.exchange import Exchange, Saving
 from kimi_core.flows import Rank
 from kimi_core.masking.policy import Policy
-from kimi_core.masking.requests import OFF, Mask, Masker, Plan, originals
+from kimi_core.masking.requests import Mask, Masker, Plan, originals
 from kimi_core.memo import Memo
 from kimi_core.store import StoreError
 
@@ -30,6 +30,19 @@ _REMEMBERED = 8192
 _MAX_LISTED = 500
 
 
+class _Ready(NamedTuple):
+    """A plan for one request, and what it takes to put it into effect."""
+
+    given: Context
+    plan: Plan
+    changed: Mapping[int, bytes]
+    """The messages as they leave."""
+    unsafe: Sequence[Mask]
+    """Whose originals are not known to be on disk."""
+    texts: Mapping[str, str]
+    """These originals, by hash."""
+
+
 class Sanitizer:
     """Masks tool output in requests: lines already shown become a reference, the rest is cut.
 
@@ -40,10 +53,12 @@ class Sanitizer:
 
     def __init__(self) -> None:
         self._masker = Masker()
-        self._safe: Memo[tuple[str, str], float] = Memo(8192)
+        self._safe: Memo[tuple[str, str], float] = Memo(_REMEMBERED)
+        self._opened = 0
         self._sent: Memo[str, str] = Memo(512)
         self._flush: set[str] = set()
         self._loaded = False
+        self._said: object = None
         self._warned = False
 
     def load(self, loader: Loader) -> None:
@@ -82,32 +97,63 @@ class Sanitizer:
         given, owner = context.sent(exchange), exchange.client_key_hash
         if not len(given):
             return None
-        if exchange.session_id in self._flush:
-            return self._slowly(flow, exchange, given)
         new = self._masker.new_bytes(given, owner)
-        if new > _INLINE_BYTES or (new and not tokens.tokenizer_for("o200k").loaded):
+        if (
+            new > _INLINE_BYTES
+            or (new and not tokens.tokenizer_for("o200k").loaded)
+            # What another process decided is in the store.
+            or (len(given) > 2 and not self._masker.knows(given, owner))
+            or self._flushes(exchange)
+        ):
             return self._slowly(flow, exchange, given)
-        return self._settle(flow, exchange, given, self._plan(exchange, given))
+        return self._settle(flow, exchange, self._plan(exchange, given))
 
     @flows.fail_open
     async def _slowly(self, flow: http.HTTPFlow, exchange: Exchange, given: Context) -> None:
-        pending = self._settle(
-            flow, exchange, given, await asyncio.to_thread(self._plan, exchange, given)
-        )
+        ready = await asyncio.to_thread(self._plan, exchange, given, look_up=True)
+        pending = self._settle(flow, exchange, ready)
         if pending is not None:
             await pending
 
-    def _plan(self, exchange: Exchange, given: Context) -> Plan:
-        owner, policy = exchange.client_key_hash, self._policy()
-        if exchange.session_id not in self._flush:
-            return self._masker.plan(given, owner, policy)
-        self._flush.discard(exchange.session_id)
-        before = self._masker.plan(given, owner, policy)
-        flows.suite().store.forget_decisions(self._masker.digests(given, owner))
-        after = self._masker.again(given, owner, policy)
-        if _forms(before) != _forms(after):
-            exchange.rewrite = "flush"
-        return after
+    def _flushes(self, exchange: Exchange) -> bool:
+        """Tell whether a session is to be decided on anew; a side call of it is not meant."""
+        is_turn = exchange.operation == "chat" and exchange.kind == "turn"
+        return is_turn and exchange.session_id in self._flush
+
+    def _plan(self, exchange: Exchange, given: Context, *, look_up: bool = False) -> _Ready:
+        owner, policy, store = exchange.client_key_hash, self._policy(), flows.suite().store
+        stored = self._stored if look_up else None
+        plan = self._masker.plan(given, owner, policy, stored)
+        if self._flushes(exchange):
+            self._flush.discard(exchange.session_id)
+            before = plan
+            store.forget_decisions(self._masker.digests(given, owner))
+            plan = self._masker.again(given, owner, policy)
+            if _forms(before) != _forms(plan):
+                exchange.rewrite = "flush"
+        return self._ready(given, owner, plan)
+
+    def _ready(self, given: Context, owner: str, plan: Plan) -> _Ready:
+        """Return a plan with all that takes time: the new texts, and what is not yet safe."""
+        if self._opened != (opened := flows.suite().store.openings):
+            # Another file may have taken the place of the one that the originals were in.
+            self._opened, self._safe = opened, Memo(_REMEMBERED)
+        now = time.time()
+        unsafe = [
+            mask
+            for mask in plan.masks
+            if (known := self._safe.get((owner, mask.hash))) is None
+            or not now - _SAFE_S <= known <= now
+        ]
+        texts = originals(given, unsafe) if unsafe else {}
+        return _Ready(given, plan, self._masker.changed(given, plan), unsafe, texts)
+
+    def _stored(self, digests: Sequence[bytes]) -> Mapping[bytes, str]:
+        try:
+            return flows.suite().store.decisions_of(digests)
+        except StoreError as error:
+            logger.debug("no decisions known: %s", type(error).__name__)
+            return {}
 
     def _policy(self) -> Policy | None:
         """Return how messages are treated that nobody has seen before."""
@@ -118,72 +164,73 @@ class Sanitizer:
         return Policy(threshold=said.threshold, keep=said.keep, references=said.references)
 
     def _settle(
-        self, flow: http.HTTPFlow, exchange: Exchange, given: Context, plan: Plan
+        self, flow: http.HTTPFlow, exchange: Exchange, ready: _Ready
     ) -> Awaitable[None] | None:
-        if plan.known < len(given):
-            flows.suite().store.add_decision(plan.digest, plan.policies[-1][1])
-        since = time.monotonic() - _SAFE_S
-        owner = exchange.client_key_hash
-        unsafe = [
-            mask
-            for mask in plan.masks
-            # The clock may have begun less than an hour ago, when the machine did.
-            if (known := self._safe.get((owner, mask.hash))) is None or known < since
-        ]
-        if unsafe:
-            return self._commit(flow, exchange, given, plan, unsafe)
-        self._apply(flow, exchange, given, plan)
+        if ready.unsafe:
+            return self._commit(flow, exchange, ready)
+        self._decided(ready.plan)
+        self._apply(flow, exchange, ready)
         return None
 
+    def _decided(self, plan: Plan) -> None:
+        store = flows.suite().store
+        for digest, policy in plan.decided:
+            store.add_decision(digest, policy)
+
     @flows.fail_open
-    async def _commit(
-        self,
-        flow: http.HTTPFlow,
-        exchange: Exchange,
-        given: Context,
-        plan: Plan,
-        unsafe: Sequence[Mask],
-    ) -> None:
+    async def _commit(self, flow: http.HTTPFlow, exchange: Exchange, ready: _Ready) -> None:
         """Apply a plan when its originals are on disk; without them, as far as they are."""
-        store, owner, now = flows.suite().store, exchange.client_key_hash, time.monotonic()
-        texts = originals(given, unsafe)
-        for mask in unsafe:
+        store, owner = flows.suite().store, exchange.client_key_hash
+        old = [mask.hash for mask in ready.unsafe if not mask.new]
+        kept = await asyncio.to_thread(self._kept, owner, old) if old else set()
+        for mask in ready.unsafe:
             store.add_mask(
                 owner,
                 mask.hash,
-                texts[mask.hash],
+                ready.texts[mask.hash],
                 tokens=mask.tokens,
                 sent_tokens=mask.sent_tokens,
                 label=mask.label,
                 kinds=mask.kind,
                 session_id=exchange.session_id,
             )
-        if await store.committed():
-            for mask in unsafe:
-                self._safe.put((owner, mask.hash), now)
-            self._warned = False
-        else:
-            if not self._warned:
-                logger.warning(
-                    "%s: nothing more is masked, because the store cannot keep the originals (%s).",
-                    flow.id,
-                    store.state,
-                )
+        missing = [mask for mask in ready.unsafe if mask.new or mask.hash not in kept]
+        if not missing or await store.committed():
+            missing, self._warned = [], False
+        elif not self._warned:
             self._warned = True
-            first = min(mask.message for mask in unsafe)
-            plan = self._masker.again(given, owner, None, first)
-            store.add_decision(plan.digest, OFF)
-        self._apply(flow, exchange, given, plan)
+            logger.warning(
+                "%s: nothing more is masked, because the store cannot keep the originals (%s).",
+                flow.id,
+                store.state,
+            )
+        now, lost = time.time(), {mask.hash for mask in missing}
+        for mask in ready.unsafe:
+            if mask.hash not in lost:
+                self._safe.put((owner, mask.hash), now)
+        if missing:
+            first = min(mask.message for mask in missing)
+            plan = await asyncio.to_thread(self._masker.again, ready.given, owner, None, first)
+            changed = await asyncio.to_thread(self._masker.changed, ready.given, plan)
+            ready = _Ready(ready.given, plan, changed, [], {})
+        self._decided(ready.plan)
+        self._apply(flow, exchange, ready)
 
-    def _apply(self, flow: http.HTTPFlow, exchange: Exchange, given: Context, plan: Plan) -> None:
-        if not plan.forms:
+    def _kept(self, owner: str, hashes: Sequence[str]) -> set[str]:
+        try:
+            return flows.suite().store.kept(owner, hashes)
+        except StoreError as error:
+            logger.debug("no masks known: %s", type(error).__name__)
+            return set()
+
+    def _apply(self, flow: http.HTTPFlow, exchange: Exchange, ready: _Ready) -> None:
+        if not ready.changed:
             return
-        document, masks = exchange.document, plan.masks
-        changed = self._masker.changed(given, plan)
+        document, masks = exchange.document, ready.plan.masks
         edits = document.edits()
         try:
-            given.put(document, changed)
-            exchange.sent = given.replaced(changed)
+            ready.given.put(document, ready.changed)
+            exchange.sent = ready.given.replaced(ready.changed)
         except BaseException:
             document.restore(edits)
             raise
@@ -220,11 +267,13 @@ class Sanitizer:
 
     def _remember(self) -> None:
         """Take up what an earlier process decided, and tell the store how much to keep."""
+        said, store = flows.suite().rules.sanitizer, flows.suite().store
+        if said is not self._said:
+            self._said = said
+            store.limit_masks(said.keep_days * 86_400.0, said.keep_mb * 1_000_000)
         if self._loaded:
             return
         self._loaded = True
-        said, store = flows.suite().rules.sanitizer, flows.suite().store
-        store.limit_masks(said.keep_days * 86_400.0, said.keep_mb * 1_000_000)
         try:
             rows = store.decisions(_REMEMBERED)
         except StoreError as error:

@@ -19,6 +19,7 @@ from kimi_core.document import (
     encode,
     locate,
     splice,
+    splice_all,
 )
 
 SHAPE = Shape("model", "stream", "tools", "metadata", arrays=("messages",))
@@ -659,3 +660,13 @@ def test_places_stay_exact_when_equal_values_stand_before_and_the_body_moves_in_
         gc.collect()
         span = found.locate(("messages", 1, "content"))
         assert span == (body.rindex(b'"c"'), body.rindex(b'"c"') + 3)
+
+
+def test_several_values_are_replaced_in_one_pass() -> None:
+    raw = b'{"a": [1, {"b": "x"}, 3], "a": [1, {"b": "y", "c": 2}, 3], "d": {}}'
+    values = {("a", 1, "b"): "é", ("a", 2): None, ("d", "new"): [1], ("a", 1, "c"): 5}
+    out = splice_all(raw, values)
+    expected = raw.replace(b'"y"', '"é"'.encode()).replace(b'"c": 2}, 3', b'"c": 5}, null')
+    assert out == expected.replace(b"{}", b'{"new":[1]}')
+    with pytest.raises(KeyError):
+        splice_all(raw, {("a", 7): 1})

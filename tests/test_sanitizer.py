@@ -199,6 +199,68 @@ def test_what_cannot_be_kept_is_not_hidden(up: Upstream, tmp_path: Path) -> None
     assert "cannot keep the originals" in proxy.output
 
 
+def test_what_is_kept_stays_masked_while_nothing_more_can_be(up: Upstream, tmp_path: Path) -> None:
+    messages = rounds([listing(n, 400) for n in range(3)])
+    with Proxy(tmp_path, up) as proxy:
+        ask(proxy, messages[:6])
+        first = got(up)
+    with Proxy(tmp_path, up) as proxy:
+        proxy.settled()
+        with contextlib.closing(sqlite3.connect(proxy.store, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            ask(proxy, messages)
+            second = got(up)
+            other.execute("ROLLBACK")
+        ask(proxy, messages)
+        assert got(up) == second
+    assert second[:6] == first
+    assert second[6:] == messages[6:]
+
+
+def test_a_store_that_was_removed_gets_its_originals_again(up: Upstream, tmp_path: Path) -> None:
+    messages = rounds([listing(n, 400) for n in range(3)])
+    with Proxy(tmp_path, up) as proxy:
+        ask(proxy, messages[:6])
+        proxy.settled()
+        for path in tmp_path.glob("kimi.db*"):
+            path.unlink()
+        ask(proxy, messages)  # with this the writer finds out
+        ask(proxy, messages)
+        sent = set(HASH.findall(up.requests[-1].content.decode()))
+        assert len(sent) == 3
+        assert sent <= kept(proxy).keys()
+
+
+def test_another_process_decides_the_same_while_both_run(up: Upstream, tmp_path: Path) -> None:
+    messages = rounds([listing(n, 400) for n in range(3)])
+    store = tmp_path / "one" / "kimi.db"
+    with Proxy(tmp_path / "one", up, options=["sanitizer_mask=false"]) as first:
+        second = Proxy(tmp_path / "two", up)
+        second.command = [
+            f"kimi_store={store}" if word.startswith("kimi_store=") else word
+            for word in second.command
+        ]
+        with second:
+            ask(first, messages[:6])
+            assert got(up) == messages[:6]
+            first.settled()
+            ask(second, messages)
+            assert got(up)[:6] == messages[:6]
+            assert got(up)[7] != messages[7]
+
+
+def test_a_client_that_edits_its_last_message_finds_the_others_as_they_were(
+    up: Upstream, tmp_path: Path
+) -> None:
+    messages = rounds([listing(n, 400) for n in range(3)])
+    messages.append({"role": "assistant", "content": "Shall I go on?"})
+    with Proxy(tmp_path, up, options=["sanitizer_mask=false"]) as proxy:
+        ask(proxy, [*messages, {"role": "user", "content": "Yes"}])
+    with Proxy(tmp_path, up) as proxy:
+        ask(proxy, [*messages, {"role": "user", "content": "No"}])
+        assert got(up)[: len(messages)] == messages
+
+
 def test_a_store_that_cannot_be_opened_hides_nothing(up: Upstream, tmp_path: Path) -> None:
     (tmp_path / "kimi.db").mkdir()
     with Proxy(tmp_path, up) as proxy:
@@ -285,6 +347,8 @@ def test_the_api_shows_masks_switches_masking_and_flushes(up: Upstream, tmp_path
         assert got(up)[:4] == messages[:4]
         assert got(up)[5] != messages[5]
         page.post("/sanitizer/flush", {"session": "mine"})
+        # A side call of the session is not what was meant.
+        ask(proxy, [{"role": "user", "content": "Write a title."}], **session)
         ask(proxy, messages[:6], **session)
         flushed = got(up)
         assert flushed[3] != messages[3]
@@ -311,9 +375,9 @@ def test_the_api_shows_masks_switches_masking_and_flushes(up: Upstream, tmp_path
         }
         page.post("/sanitizer/toggle", {"enabled": "yes"}, 400)
         page.post("/sanitizer/flush", {}, 400)
-        proxy.row(4)
+        proxy.row(5)
         rows = proxy.rows()
-    assert [row["cache_break_by"] for row in rows][:4] == [None, None, "flush", None]
+    assert [row["cache_break_by"] for row in rows] == [None, None, None, "flush", None]
 
 
 def _free_port() -> int:

@@ -318,8 +318,36 @@ def splice(raw: bytes, path: Path, value: Any) -> bytes:
 
 
 def splice_all(raw: bytes, values: Mapping[Path, Any]) -> bytes:
-    """Like `splice`, with several values at once; none may stand within another."""
-    return _edited(raw, [_place(raw, 0, path, encode(value)) for path, value in values.items()])
+    """Like `splice`, with several values in one pass; none may stand within another."""
+    spans: dict[Path, Span] = {}
+    _locate_all(raw, _space(raw, 0), {path: path for path in values if path}, spans)
+    edits = [
+        _Edit(*spans[path], encode(value)) if path in spans else _place(raw, 0, path, encode(value))
+        for path, value in values.items()
+    ]
+    return _edited(raw, edits)
+
+
+def _locate_all(text: bytes, at: int, paths: Mapping[Path, Path], spans: dict[Path, Span]) -> None:
+    """Find the spans of values below the one at `at`: each path leads to the name of its span."""
+    below: dict[str | int, dict[Path, Path]] = {}
+    for path, name in paths.items():
+        below.setdefault(path[0], {})[path[1:]] = name
+    found: dict[str | int, Span] = {}
+    if text[at : at + 1] == b"{":
+        for key, start, end in _members(text, at):
+            if key in below:
+                found[key] = start, end
+    elif text[at : at + 1] == b"[":
+        for index, span in enumerate(_items(text, at)):
+            if index in below:
+                found[index] = span
+    for step, (start, end) in found.items():
+        deeper = below[step]
+        if (here := deeper.pop((), None)) is not None:
+            spans[here] = start, end
+        if deeper:
+            _locate_all(text, start, deeper, spans)
 
 
 def locate(text: bytes, at: int, path: Path) -> Span | None:

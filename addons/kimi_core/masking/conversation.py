@@ -63,6 +63,8 @@ class _Masked:
     text: str
     lines: Sequence[Line]
     kinds: tuple[SavingKind, ...]
+    counts: tuple[int, int] | None = None
+    """Tokens before and after, where it is the whole of its part."""
 
 
 class Conversation:
@@ -259,39 +261,45 @@ class Conversation:
             return None
         made = referred or plain(given)
         is_referred = len(made) < len(given)
-        listed, code = is_listing(made), is_code(made)
+        is_short = policy.threshold <= 0 or left <= policy.threshold
+        listed = not is_short and is_listing(made)
+        code = not is_short and is_code(made)
         slack = _LISTED if listed else _CODE_SLACK if code else 1
-        if policy.threshold <= 0 or left <= slack * policy.threshold:
+        if is_short or left <= slack * policy.threshold:
             if tokens - left < _MIN_SAVED:
                 return None
             noted = _noted(made, hash)
-            return _Masked(_joined(noted), noted, ("reference",))
+            text = _joined(noted)
+            return _Masked(text, noted, ("reference",), (tokens, count(text)))
         if value is not None and not is_referred:
             note = f"cut; the whole: kimi-proxy mask {hash}"
             most = policy.keep + _NOTE_TOKENS
             shape = json_shape.shaped(text, value, lambda made: count(made) <= most, note)
             if shape is not None:
-                return _Masked(shape, (), ("cut",))
+                return _Masked(shape, (), ("cut",), (tokens, count(shape)))
         if any(line.is_above for line in made):
             made = refer(given, self._shown, count, above=False) or plain(given)
         limit = policy.keep
         if listed or code:
             limit = max(limit, (_LISTED if listed else 1) * policy.threshold - _NOTE_TOKENS)
-        return self._shortened(given, made, limit, hash)
+        return self._shortened(given, made, limit, hash, tokens)
 
-    def _shortened(self, given: Lines, made: Sequence[Line], limit: int, hash: str) -> _Masked:
+    def _shortened(
+        self, given: Lines, made: Sequence[Line], limit: int, hash: str, tokens: int
+    ) -> _Masked:
         is_referred = len(made) < len(given)
-        cutter = Cutter(made, self._named, _TOKENIZER.count)
+        cutter = Cutter(made, self._named, _TOKENIZER.count_many)
         budget = limit
         for _ in range(_ATTEMPTS):
             kept = cutter.keep(budget)
             sent = [*kept, Line(_note(kept, len(given), hash), 0, -1, len(given), 0)]
             text = _joined(sent)
-            tokens = _TOKENIZER.count(text)
-            if tokens <= limit + _NOTE_TOKENS:
+            left = _TOKENIZER.count(text)
+            if left <= limit + _NOTE_TOKENS:
                 break
-            budget = int(0.9 * budget * limit / tokens)
-        return _Masked(text, sent, ("reference", "cut") if is_referred else ("cut",))
+            budget = int(0.9 * budget * limit / left)
+        kinds: tuple[SavingKind, ...] = ("reference", "cut") if is_referred else ("cut",)
+        return _Masked(text, sent, kinds, (tokens, left))
 
     def _show_all(self, source: Source, given: Lines) -> None:
         self._shown.add(source, given.hashes, given.numbers)
@@ -303,8 +311,9 @@ class Conversation:
             hashes.append(line.hash)
             numbers.append(line.number)
             # A repeated run stands in one line with its repetition, but is shown as several.
-            hashes += [0] * line.text.count("\n")
-            numbers += [-1] * line.text.count("\n")
+            if not line.hash and (more := line.text.count("\n")):
+                hashes += [0] * more
+                numbers += [-1] * more
         self._shown.add(source, hashes, numbers)
 
     def _hide(self, source: Source, given: Lines, made: Sequence[Line]) -> None:
@@ -398,7 +407,7 @@ def _noted(made: Sequence[Line], hash: str) -> list[Line]:
 def _change(part: Part, masked: _Masked | None, hash: str, label: str) -> Change | None:
     if masked is None:
         return None
-    tokens, sent = _TOKENIZER.count_many((part.text, masked.text))
+    tokens, sent = masked.counts or _TOKENIZER.count_many((part.text, masked.text))
     if tokens - sent < _MIN_SAVED:
         return None
     return Change(part.path, masked.text, part.text, hash, label, masked.kinds, tokens, sent)

@@ -102,12 +102,9 @@ def _numbered(texts: Sequence[str]) -> tuple[list[int], list[int]]:
     A number counts when the line before or after has the one before or after: a time of day or a
     match of grep is no line number.
     """
-    found: list[int] = []
-    ends: list[int] = []
-    for line in texts:
-        match = _NUMBER.match(line)
-        found.append(int(match[1]) if match else -1)
-        ends.append(match.end() if match else 0)
+    matches = [_NUMBER.match(line) for line in texts]
+    found = [int(match[1]) if match else -1 for match in matches]
+    ends = [match.end() if match else 0 for match in matches]
     last = len(texts) - 1
     numbers = [-1] * len(texts)
     for index, number in enumerate(found):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 
 _WORD = re.compile(r"[^\W\d]\w{3,}")
 _MAX_WORDS = 1_500
@@ -28,9 +29,10 @@ class Named:
         self._turn += 1
 
     def read(self, text: str) -> None:
-        for word in dict.fromkeys(_WORD.findall(text[:_MAX_READ])):
-            self._turns.pop(word, None)
-            self._turns[word] = self._turn
+        words = dict.fromkeys(_WORD.findall(text[:_MAX_READ]), self._turn)
+        for word in words.keys() & self._turns.keys():
+            del self._turns[word]
+        self._turns |= words
         surplus = len(self._turns) - _MAX_WORDS
         if surplus > _MAX_WORDS // 4:
             for word in list(self._turns)[:surplus]:
@@ -39,12 +41,13 @@ class Named:
     def weights(self, lines: Sequence[str]) -> list[float]:
         """Return how much each line is about what was named; a word in every line says nothing."""
         found = [self._in(line) for line in lines]
-        counts = Counter(word for words in found for word in words)
-        return [sum(self._weight(word) / counts[word] ** 0.5 for word in words) for words in found]
+        counts = Counter(chain.from_iterable(found))
+        weights = {word: self._weight(word) / count**0.5 for word, count in counts.items()}
+        return [sum(map(weights.__getitem__, words)) for words in found]
 
     def _in(self, line: str) -> list[str]:
         words = dict.fromkeys(_WORD.findall(line[:_MAX_LINE]))
-        return [word for word in words if word in self._turns]
+        return list(filter(self._turns.__contains__, words))
 
     def _weight(self, word: str) -> float:
         made = _RECENT if self._turns[word] == self._turn else _EARLIER

@@ -8,7 +8,7 @@ another process decides the same.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import xxhash
@@ -23,7 +23,7 @@ from kimi_core.memo import Memo
 _CONVERSATIONS = 64
 """Of so many the state is kept; any other is read again from its beginning."""
 _PLANS = 512
-_DECISIONS = 8192
+_DECISIONS = 32_768
 _RAWS = 1024
 _LOOK_BACK = 64
 """How many messages a turn may add before its conversation is looked at as a new one."""
@@ -70,6 +70,8 @@ class Plan:
     """By which the decision is recognised: the conversation so far, and whose it is."""
     policies: tuple[tuple[int, str], ...]
     """Up to which message which policy holds, by what `Policy.parse` reads; or `OFF`."""
+    decided: tuple[tuple[bytes, str], ...] = ()
+    """What is new, for the store: the conversation up to each message, and its policy."""
 
     @property
     def masks(self) -> list[Mask]:
@@ -109,16 +111,29 @@ class Masker:
                 first = 0
         return sum(len(memoryview(context.raw(index))) for index in range(first, len(context)))
 
-    def plan(self, context: Context, owner: str, policy: Policy | None) -> Plan:
+    def knows(self, context: Context, owner: str) -> bool:
+        """Tell whether a part of the conversation was planned here."""
+        return self._longest(context, owner) is not None
+
+    def plan(
+        self,
+        context: Context,
+        owner: str,
+        policy: Policy | None,
+        look_up: Callable[[Sequence[bytes]], Mapping[bytes, str]] | None = None,
+    ) -> Plan:
         """Return what becomes of a request's messages; None: the new ones are sent as they came.
 
-        What was decided on a message before holds, whatever the policy says now.
+        What was decided on a message before holds, whatever the policy says now. `look_up`
+        returns what the store knows of digests, for a conversation that is new here.
         """
         before = self._longest(context, owner)
         if before is not None and before.known == len(context):
             return before
         digests = self.digests(context, owner)
         if before is None:
+            if look_up is not None:
+                self.remember(look_up(digests).items())
             policies = self._recorded(digests)
             known = policies[-1][0] if policies else 0
             forms: tuple[Form, ...] = ()
@@ -133,7 +148,8 @@ class Masker:
                 state, first, forms = Conversation(), 0, ()
         policies = _extended(policies, len(context), str(policy) if policy else OFF)
         forms += self._decide(context, state, policies, first, known)
-        made = Plan(forms, known, digests[-1] if digests else b"", policies)
+        decided = tuple(zip(digests[known:], _each(policies)[known:], strict=True))
+        made = Plan(forms, known, digests[-1] if digests else b"", policies, decided)
         if digests:
             self._keep(made, len(context), state)
         return made
@@ -214,12 +230,21 @@ class Masker:
         with self._lock:
             self._plans.put(made.digest, later)
             self._states.put(made.digest, state)
-            self._decisions.put(made.digest, made.policies[-1][1])
+            # Of each message: a client that edits its last one goes on from within.
+            for digest, policy in made.decided:
+                self._decisions.put(digest, policy)
 
 
 def originals(context: Context, masks: Iterable[Mask]) -> dict[str, str]:
     """Return the texts behind these masks by their hashes, out of the request with them."""
-    return {mask.hash: _read(context, mask.message).parts[mask.part].text for mask in masks}
+    by_message: dict[int, list[Mask]] = {}
+    for mask in masks:
+        by_message.setdefault(mask.message, []).append(mask)
+    found: dict[str, str] = {}
+    for index, wanted in by_message.items():
+        parts = _read(context, index).parts
+        found |= {mask.hash: parts[mask.part].text for mask in wanted}
+    return found
 
 
 def _masked(context: Context, form: Form) -> bytes:
@@ -258,6 +283,14 @@ def _settled(form: Form) -> Form:
 
 def _read(context: Context, index: int) -> Message:
     return read(context.dialect, context.message(index).unit)
+
+
+def _each(policies: Iterable[tuple[int, str]]) -> list[str]:
+    """Return the policy of each message."""
+    each: list[str] = []
+    for end, policy in policies:
+        each += [policy] * (end - len(each))
+    return each
 
 
 def _extended(

@@ -103,12 +103,17 @@ class Shown:
 
     def known(self, hashes: Sequence[int]) -> list[int]:
         """Return which of these lines are shown, as far as that is found soon."""
-        heads, shown, mask = self._heads, self.hashes, len(self._heads) - 1
-        return [
-            index
-            for index, hash in enumerate(hashes)
-            if (at := heads[hash & mask]) and (shown[at] == hash or self._places(hash))
-        ]
+        heads, before, shown = self._heads, self._before, self.hashes
+        mask = len(heads) - 1
+        found: list[int] = []
+        for index, hash in enumerate(hashes):
+            at, steps = heads[hash & mask], _STEPS
+            while at and steps and shown[at] != hash:
+                at = before[at]
+                steps -= 1
+            if at and steps:
+                found.append(index)
+        return found
 
     def longest(self, lines: Lines, index: int, floor: int) -> Run | None:
         """Return the longest run with this line in it that begins at `floor` or after."""
@@ -147,7 +152,9 @@ class Shown:
         first, last = index, index + 1
         lowest, end = max(floor, index - _BACKWARDS), len(hashes)
         while (
-            first > lowest and hashes[first - 1] == shown[first - 1 + offset] and continues(first - 1)
+            first > lowest
+            and hashes[first - 1] == shown[first - 1 + offset]
+            and continues(first - 1)
         ):
             first -= 1
         while last < end and hashes[last] == shown[last + offset] and continues(last):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 import zlib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from kimi_core.store.reading import Reading, matching
 from kimi_core.store.rows import Row, Value, quoted, replace, upsert
@@ -16,6 +17,8 @@ PREVIEW = 100
 """How many characters of an original stand in a list."""
 
 _FOUND = 10
+_AT_ONCE = 500  # SQLite takes 999 values in a statement, or more
+Key = TypeVar("Key", str, bytes)
 _KEY = ("hash", "key_hash")
 _AT = {column: index for index, column in enumerate(MASK_COLUMNS)}
 _HASH, _KEY_HASH, _USED_AT = _AT["hash"], _AT["key_hash"], _AT["used_at"]
@@ -169,12 +172,45 @@ class MaskReader(Reading):
         saved = sum(by_kind.values())
         return {"masks": count, "tokens_saved": saved, "by_kind": by_kind, **size}
 
+    def kept(self, key_hash: str, hashes: Iterable[str]) -> set[str]:
+        """Return which of these originals are on disk."""
+        return {
+            row["hash"]
+            for some in _batched(hashes)
+            for row in self._query(
+                f"SELECT hash FROM masks WHERE key_hash = ? AND hash IN ({_marks(some)})",
+                (key_hash, *some),
+            )
+        }
+
+    def decisions_of(self, digests: Iterable[bytes]) -> dict[bytes, str]:
+        """Return the policies by which these conversations are masked, as far as any is known."""
+        return {
+            bytes(row["digest"]): row["policy"]
+            for some in _batched(digests)
+            for row in self._query(
+                f"SELECT digest, policy FROM decisions WHERE digest IN ({_marks(some)})", some
+            )
+        }
+
     def decisions(self, limit: int) -> list[dict[str, Any]]:
         """Return digest, policy and seen_at of decisions, newest first."""
         return self._query(
             f"SELECT {quoted(DECISION_COLUMNS)} FROM decisions ORDER BY seen_at DESC LIMIT ?",
             (limit,),
         )
+
+
+def _batched(values: Iterable[Key]) -> Iterator[tuple[Key, ...]]:
+    """Yield the values in tuples that a statement can take."""
+    rest = iter(values)
+    while some := tuple(itertools.islice(rest, _AT_ONCE)):
+        yield some
+
+
+def _marks(values: Sequence[object]) -> str:
+    """Return a question mark for each value."""
+    return ", ".join("?" * len(values))
 
 
 def _tagged(row: dict[str, Any]) -> dict[str, Any]:

@@ -56,6 +56,8 @@ class Writer:
         """Nothing is opened yet. `pragmas` are set on each new connection of the writer."""
         self.state = "ok"
         self.dropped = 0
+        self.openings = 0
+        """How often the writer has opened a file; another one may lack what was committed."""
         self._max_pending = max_pending
         self._migrations = migrations
         self._pragmas = pragmas
@@ -284,6 +286,7 @@ class Writer:
             with immediate(db):
                 pass  # says now, not at the first row, when it is read-only or locked
             self._inode = self._identity()
+            self.openings += 1
         except BaseException:
             db.close()
             raise

@@ -11,6 +11,7 @@ import re
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from struct import iter_unpack
@@ -138,6 +139,13 @@ class Tokenizer:
 
     def count_many(self, texts: Iterable[str]) -> list[int]:
         """Return the count of each text; other threads run meanwhile."""
+        texts = list(texts)
+        # Of many short ones what the checks cost would be most of it.
+        if 0 < max(map(len, texts), default=0) <= PIECE_CHARS:
+            vocabulary = _vocabulary(self.name)
+            if not vocabulary.spells_special("\n".join(texts)):
+                with suppress(UnicodeEncodeError):
+                    return [len(ids) // 4 for ids in map(vocabulary.core.encode_flat, texts)]
         return [self.count(text) for text in texts]
 
     def encode(self, text: str) -> list[int]:
@@ -153,7 +161,7 @@ class Tokenizer:
 
 def _count(vocabulary: _Vocabulary, text: str) -> int:
     total = 0
-    for piece in vocabulary.pieces(text):
+    for piece in (text,) if len(text) <= PIECE_CHARS else vocabulary.pieces(text):
         ids = vocabulary.ids(piece)
         total += len(ids) // 4 if isinstance(ids, bytes) else len(ids)
     return total
