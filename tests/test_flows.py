@@ -440,6 +440,25 @@ def test_a_stage_that_fails_at_the_end_leaves_the_others_their_turn() -> None:
     assert [keep.ends for keep in keeps] == [1, 1]
 
 
+class Glancing(Stage):
+    def lets_pass(self, first: bytes) -> bool:
+        return first.startswith(b"data: {}")
+
+
+@pytest.mark.parametrize("more", [[], [Glancing()], [Stage()]], ids=["alone", "two", "unsure"])
+def test_what_a_stage_lets_pass_at_a_glance_leaves_before_it_is_read(more: list[Stage]) -> None:
+    stage = Glancing()
+    pipe = piped(stage, *more)
+    sent = iter(pipe(b"data: {}\n\n"))
+    assert next(sent) == b"data: {}\n\n"
+    waits = bool(more) and not isinstance(more[0], Glancing)
+    assert len(stage.seen) == (1 if waits else 0)
+    assert list(sent) == []
+    assert len(stage.seen) == 1
+    assert list(pipe(b"data: {}\n\n")) == [b"data: {}\n\n"]
+    assert len(stage.seen) == 2
+
+
 def test_a_cut_reply_ends_each_stage_once_and_sends_nothing() -> None:
     stage = Stage(hold=1)
     pipe = piped(stage)

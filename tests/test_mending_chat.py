@@ -888,3 +888,29 @@ def test_a_call_found_gets_an_id_that_the_conversation_has_not_used() -> None:
     out = whole("x", [MendChat(scanner)], body(content=leaked()))
     (call,) = json.loads(out)["choices"][0]["message"]["tool_calls"]
     assert call["id"] == "functions.noop:2"
+
+
+WHO = (
+    *('{"role":"assistant"}', '{"role":"assistant","content":""}', '{"role": "assistant"}'),
+    *('{"role":"assistant","content":null,"reasoning_content":""}', '{"content":"Hi"}', "{}"),
+    *('{"role":"assistant","content":"<|tool"}', '{"role":"assistant","tool_calls":[]}'),
+)
+
+
+@pytest.mark.parametrize("delta", WHO)
+@pytest.mark.parametrize("finish", ["", ',"finish_reason":null', ',"finish_reason":"stop"'])
+@pytest.mark.parametrize("usage", ["", ',"usage":null', ',"usage":{"prompt_tokens":1}'])
+def test_what_is_let_pass_at_a_glance_would_have_passed(
+    delta: str, finish: str, usage: str
+) -> None:
+    choice = f'{{"index":0,"delta":{delta}{finish}}}'
+    raw = f'data: {{"id":"x","model":"kimi-k2","choices":[{choice}]{usage}}}\n\n'.encode()
+    stage = MendChat(lambda model: K2(Tools({})))
+    says_who = delta in WHO[:4] and "stop" not in finish and "tokens" not in usage
+    assert stage.lets_pass(raw) == says_who
+    assert not stage.lets_pass(raw[:-1])
+    assert not stage.lets_pass(raw + raw)
+    if says_who:
+        (event,) = SSE().feed(raw)
+        assert [out.raw for out in stage.feed(event)] == [raw]
+        assert not stage.turns

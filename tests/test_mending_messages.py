@@ -883,3 +883,15 @@ def test_events_that_make_no_sense_never_break_the_stream(given: list[Event]) ->
         assert out == given
     read = SSE()
     assert [found.data for one in out for found in read.feed(one.raw)] == [one.data for one in out]
+
+
+def test_what_is_let_pass_at_a_glance_would_have_passed() -> None:
+    said = b'{"type":"message_start","message":{"content":[],"id":"m"}}'
+    start = b"event: message_start\ndata: " + said + b"\n\n"
+    ping = b'event: ping\ndata: {"type":"ping"}\n\n'
+    mending = stage()
+    assert mending.lets_pass(start)
+    for other in (ping, start + ping, start[:-1], start.replace(b"[]", b"[1]")):
+        assert not mending.lets_pass(other)
+    (event,) = SSE().feed(start)
+    assert [out.raw for out in mending.feed(event)] == [start]

@@ -48,6 +48,7 @@ class Pipe:
         self._over = False
         self._decode = decoder(encoding)
         self._broken = of.unread = self._decode is None
+        self._is_new = encoding.strip().lower() in ("", "identity")  # and can be read as it came
         self.edits = not self._broken and any(not stage.reads_only for stage in stages)
         """What leaves is not what came: its length is not known, and no coding is left on it."""
 
@@ -64,6 +65,12 @@ class Pipe:
             finally:
                 self._through(self._events(data) or [])
             return
+        is_first, self._is_new = self._is_new, False
+        if is_first and self._let_pass(data):
+            yield from self._keep([data])
+            rest = b"".join(self._through(self._events(data) or []))
+            yield from self._keep([rest.removeprefix(data)])  # a stage that failed says so
+            return
         events = self._events(data)
         if events is None:
             # The header that says how to decode it is gone by now.
@@ -75,6 +82,15 @@ class Pipe:
             yield from self._keep(self._through(events, editing))
         finally:
             self._through(events, reading)
+
+    def _let_pass(self, first: bytes) -> bool:
+        """Tell whether each stage sees at a glance that it will not touch a reply's first bytes.
+
+        What most replies begin with says nothing, and need not wait to be read.
+        """
+        editing = (stage for stage in self._stages if not stage.reads_only)
+        looks = [getattr(stage, "lets_pass", None) for stage in editing]
+        return all(look is not None and look(first) for look in looks)
 
     def _events(self, data: bytes) -> list[Event] | None:
         """Return the events that have come to their end; None when the stream cannot be read."""

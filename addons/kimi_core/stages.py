@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from enum import IntEnum
 from typing import Literal, Protocol
@@ -22,7 +23,11 @@ class StageRank(IntEnum):
 
 
 class Stage(Protocol):
-    """What a reply's events pass through."""
+    """What a reply's events pass through.
+
+    One that edits may have a method `lets_pass(first: bytes) -> bool`: it tells at a glance that
+    events with which a reply begins will leave as they are, so that they need not wait.
+    """
 
     rank: int
     reads_only: bool
@@ -65,6 +70,9 @@ class ReadReply:
         return ()
 
 
+_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+
+
 class HideUsage:
     """Takes out the chunk that carries usage alone, which only we asked for."""
 
@@ -82,6 +90,9 @@ class HideUsage:
         if isinstance(payload, dict) and payload.get("choices") == [] and payload.get("usage"):
             return ()
         return (event,)
+
+    def lets_pass(self, first: bytes) -> bool:
+        return _NO_CHOICES.search(first) is None
 
     def end(self) -> Iterable[Event]:
         return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,15 @@ class _Waiting:
     finish: dict[int, str] = field(default_factory=dict)
 
 
+# An event that only says who speaks, as most replies begin; `_passes` lets it through.
+_SAYS_WHO = re.compile(
+    rb'data: ?\{[^{}\[\]\n]*"choices": ?\[\{[^{}\[\]\n]*"delta": ?\{"role": ?"assistant"'
+    rb'(?:, ?"(?:content|refusal|reasoning|reasoning_content)": ?(?:""|null))*\}'
+    rb"[^{}\[\]\n]*\}\][^{}\[\]\n]*\}\n\n"
+)
+_ENDS = re.compile(rb'"finish_reason": ?"')
+
+
 class MendChat:
     """Mends a reply, streamed or whole; what needs no change leaves byte for byte.
 
@@ -66,6 +76,9 @@ class MendChat:
         out = self._body(event) if event.type == "body" else self._apart(self._event(event))
         self._reading = None
         return out
+
+    def lets_pass(self, first: bytes) -> bool:
+        return _SAYS_WHO.fullmatch(first) is not None and not _ENDS.search(first)
 
     def end(self) -> Iterable[Event]:
         if self._reading is not None:  # it could not be read; what waited goes as it came

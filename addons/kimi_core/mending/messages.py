@@ -5,6 +5,7 @@ A stream carries the same blocks as a whole reply, each as a start, deltas and a
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -252,6 +253,12 @@ class _Waiting:
     finish: str = ""
 
 
+# What a reply begins with; nothing of it is mended.
+_SAYS_WHO = re.compile(
+    rb'event: message_start\ndata: \{"type": ?"message_start",[^\n]*"content": ?\[\],[^\n]*\n\n'
+)
+
+
 class MendMessages:
     """Mends a reply, streamed or whole; what needs no change leaves byte for byte.
 
@@ -282,6 +289,9 @@ class MendMessages:
         out = self._body(event) if event.type == "body" else self._event(event)
         self._reading = None
         return out
+
+    def lets_pass(self, first: bytes) -> bool:
+        return _SAYS_WHO.fullmatch(first) is not None
 
     def end(self) -> Iterable[Event]:
         if self._reading is not None:  # it could not be read; what waited goes as it came
