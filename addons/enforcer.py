@@ -5,7 +5,7 @@ from collections.abc import Awaitable
 from mitmproxy import http
 from mitmproxy.addonmanager import Loader
 
-from kimi_core import attempts, enforcement, flows
+from kimi_core import attempts, context, enforcement, flows
 from kimi_core.flows import Rank
 
 
@@ -39,8 +39,10 @@ class Enforcer:
         if said is None or not said.ensure_tool_call:
             return
         max_attempts = flows.suite().rules.ensure_tool_call_max_attempts
+        given = context.sent(exchange)
         decider = enforcement.prepare(exchange.document, exchange.dialect, max_attempts)
         if decider is not None:
+            exchange.sent = given.with_heads(exchange.document)
             attempts.join(exchange, decider, asks_again=max_attempts > 1)
 
     @flows.step(Rank.ENFORCE)

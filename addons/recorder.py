@@ -51,9 +51,9 @@ class Recorder:
             return
         flows.session_id(flow)
         store = flows.suite().store
-        store.add_exchange(row(exchange))
-        for attempt in attempt_rows(exchange):
+        for attempt in attempt_rows(exchange):  # first: the session's gauge is the last one's
             store.add_attempt(attempt)
+        store.add_exchange(row(exchange))
 
 
 def row(exchange: Exchange) -> Row:

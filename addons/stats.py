@@ -26,7 +26,8 @@ PAGE = Path(__file__).with_name("stats_page")
 class Stats:
     """Serves the stats page on a port of its own; a flow passes it unchanged.
 
-    An exchange that has ended wakes the pages that are open; with none open it costs nothing.
+    An exchange that has ended, and what another addon announces, wakes the pages that are open;
+    with none open it costs nothing.
     What other addons offer in `endpoints` is part of its API.
     """
 
@@ -41,6 +42,7 @@ class Stats:
         self.proxy = _Proxy(flows.suite())
         self.site = Site(self.proxy, PAGE)
         self._random_token = self.site.token
+        self.proxy.suite.on_change = self.site.announce
         loader.add_option(
             "stats_port", int, 8082, "Port of the stats page and its API; 0 turns them off."
         )
@@ -60,6 +62,8 @@ class Stats:
             )
         if "stats_token" in updated:
             self.site.token = ctx.options.stats_token or self._random_token
+        if self._running:
+            self.site.announce()  # an option of another addon's may be a switch on the page
         if self._running and updated & {"stats_port", "stats_host"}:
             self._task = asyncio.create_task(self._restart())
 
@@ -74,6 +78,8 @@ class Stats:
 
     def done(self) -> Awaitable[None]:
         self._running = False
+        if self.proxy.suite.on_change == self.site.announce:
+            self.proxy.suite.on_change = None
         self.site.close()  # at once, since a reloaded script wants the port
         self._task = asyncio.create_task(self._leave())
         return self._task

@@ -816,6 +816,44 @@ def test_status_shows_what_was_saved_today_and_in_all(idle: Home) -> None:
     assert as_json["total"]["saved_tokens"] == 2400
 
 
+def test_status_shows_what_a_summary_of_unknown_price_took_as_unknown(idle: Home) -> None:
+    path = idle.folder / "kimi.db"
+    exchange = {
+        "started_at": time.time(),
+        "session_id": "one",
+        "status": 200,
+        "attempts": 1,
+        "gen_ai.usage.input_tokens": 100,
+        "saved_tokens": 0,
+        "masks": 0,
+        "gross_saved_usd": 0.0,
+        "lost_usd": 0.0,
+    }
+    store = Store(path)
+    store.add_exchange({"id": "a", "spent_usd": 0.0, "saved_usd": 0.0} | exchange)
+    store.add_exchange({"id": "b"} | exchange)
+    assert store.close()
+
+    said = _invoke(idle, "status", KIMI_STORE=str(path)).output
+
+    assert "Saved today: 0 tokens not sent; $0.00 gross, $0.00 lost, ? spent, ? net" in said
+
+
+def test_a_session_of_which_all_was_refused_is_not_the_active_one(idle: Home) -> None:
+    path = idle.folder / "kimi.db"
+    store = Store(path)
+    for number, (session, attempts) in enumerate((("talk", 1), ("refused", 0))):
+        stamp = time.time() + number
+        store.add_exchange(
+            {"id": session, "session_id": session, "started_at": stamp, "attempts": attempts}
+        )
+    assert store.close()
+
+    said = _invoke(idle, "status", KIMI_STORE=str(path)).output
+
+    assert "Session talk: " in said
+
+
 def test_status_says_nothing_of_savings_where_there_were_none(idle: Home) -> None:
     path = idle.folder / "kimi.db"
     store = Store(path)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kimi_core import dialects
 from kimi_core.attempts import Call, Turn, stage
-from kimi_core.attempts.turn import add
+from kimi_core.attempts.turn import add, together
 from kimi_core.dialects import Dialect
 from kimi_core.document import Document
 from kimi_core.enforcement import Enforcement, prepare
@@ -383,9 +383,9 @@ def test_what_the_client_gets_of_all_attempts(case: Case, stream: bool, dialect:
         assert played.read.finish_reason == finish
         assert played.read.complete
         assert not played.read.error
-        assert played.read.usage.input_tokens == 100 * attempts
+        assert played.read.usage.input_tokens == 100
         assert played.read.usage.output_tokens == 10 * attempts
-        assert played.read.usage.cache_read_tokens == 30 * attempts
+        assert played.read.usage.cache_read_tokens == 30
         if stream and dialect is dialects.OPENAI:
             assert played.body.endswith(b"data: [DONE]\n\n")
             assert_one_stream_of_chunks(played.body)
@@ -436,7 +436,7 @@ def test_what_providers_do_their_own_way(provider: str, stream: bool) -> None:
             assert played.text == text
             assert [name for name, _ in played.calls] == calls
             assert played.read.finish_reason == ("tool_calls" if calls else "stop")
-            assert played.read.usage.input_tokens == 200
+            assert played.read.usage.input_tokens == 100
             assert played.read.usage.output_tokens == 20
             assert "".join(played.read.reasoning) == "Hm."
 
@@ -469,6 +469,12 @@ REPLIES = st.builds(
 def test_a_stream_says_what_the_whole_reply_says_however_it_is_cut(
     dialect: Dialect, replies: list[Reply], cut: int
 ) -> None:
+    # Each request begins with the one before it, and so takes no less.
+    inputs = sorted(reply.usage.input for reply in replies if reply.usage)
+    replies = [
+        replace(reply, usage=TokenUsage(taken, reply.usage.output))  # type: ignore[union-attr]
+        for reply, taken in zip(replies, inputs, strict=True)
+    ]
     at_once = play(turn_of(), dialect, replies, stream=False)
     pieces = play(turn_of(), dialect, replies, cut=cut)
     assert pieces.rejected == at_once.rejected
@@ -478,6 +484,7 @@ def test_a_stream_says_what_the_whole_reply_says_however_it_is_cut(
     assert pieces.read.finish_reason == at_once.read.finish_reason
     assert pieces.read.usage == at_once.read.usage
     attempts = replies[: len(pieces.rejected) + 1]
+    assert pieces.read.usage.input_tokens == inputs[len(attempts) - 1]
     assert pieces.read.usage.output_tokens == sum(reply.usage.output for reply in attempts)  # type: ignore[union-attr]
     real = [call for call in attempts[-1].tool_calls if call.name in ("bash", "list_files")]
     assert [name for name, _ in pieces.calls] == [call.name for call in real]
@@ -627,8 +634,8 @@ def test_what_rejected_attempts_took_is_told_even_where_the_end_tells_output_alo
     replies = [events("So", "end_turn", 10, 7), events("So", "max_tokens", 20, 8)]
     played = play(turn_of(), dialects.ANTHROPIC, replies)
     assert payloads(played.body)[-2]["usage"] == {
-        "input_tokens": 30,
-        "cache_read_input_tokens": 8,
+        "input_tokens": 20,
+        "cache_read_input_tokens": 4,
         "output_tokens": 15,
     }
     assert play(turn_of(1), dialects.ANTHROPIC, replies).body == replies[0]
@@ -654,7 +661,7 @@ def test_usage_waits_for_the_last_attempt_wherever_it_stands() -> None:
         usage = chunk({}, choices=[], usage={"prompt_tokens": 5, "total_tokens": 5})
         out += b"".join(fed(turn, chunk({"role": "assistant"}), usage, chunk({}, "stop"), DONE))
     told = [payload["usage"] for payload in payloads(out) if payload.get("usage")]
-    assert told == [{"prompt_tokens": 10, "total_tokens": 10}]
+    assert told == [{"prompt_tokens": 5, "total_tokens": 5}]
 
 
 def test_a_stream_without_a_reason_for_its_end_gets_one() -> None:
@@ -816,6 +823,42 @@ def test_answers_are_found(arguments: str, said: str) -> None:
     call = Call(turn, "done")
     call.add(arguments)
     assert turn.deciders[0].answer([call]) == said
+
+
+def test_of_several_replies_the_prompt_is_the_last_ones_and_the_output_is_added() -> None:
+    first = {
+        "prompt_tokens": 30_000,
+        "prompt_tokens_details": {"cached_tokens": 29_000},
+        "prompt_cache_hit_tokens": 29_000,
+        "completion_tokens": 10,
+        "completion_tokens_details": {"reasoning_tokens": 4},
+        "total_tokens": 30_010,
+        "cost": 0.25,
+    }
+    second = first | {"prompt_tokens": 31_000, "prompt_cache_hit_tokens": 0, "total_tokens": 31_010}
+    last = {
+        "prompt_tokens": 32_000,
+        "completion_tokens": 20,
+        "completion_tokens_details": {"reasoning_tokens": 1},
+        "total_tokens": 32_020,
+        "cost": 0.5,
+    }
+    assert together(together(together(None, first), second), last) == {
+        "prompt_tokens": 32_000,
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_cache_hit_tokens": 0,
+        "completion_tokens": 40,
+        "completion_tokens_details": {"reasoning_tokens": 9},
+        "total_tokens": 32_040,
+        "cost": 1.0,
+    }
+
+
+def test_where_the_last_reply_says_nothing_of_its_prompt_the_one_before_does() -> None:
+    first = {"input_tokens": 100, "cache_read_input_tokens": 90, "output_tokens": 7}
+    assert together(first, {"input_tokens": None, "output_tokens": 8}) == first | {
+        "output_tokens": 15
+    }
 
 
 def test_usage_is_added_at_every_depth() -> None:

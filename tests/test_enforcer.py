@@ -177,12 +177,14 @@ def test_a_reply_without_a_call_is_asked_for_again(
     assert got.text == "I will look.\n\nLooking."
     assert got.calls == [("bash", {"command": "ls"})]
     assert got.finish == FINISH[ask]["call"]
-    assert got.usage == (200, 20)
+    assert got.usage == (100, 20)
     assert up.count == 2
     row = row_of(proxy, before)
     assert row["attempts"] == 2
     assert row["gen_ai.usage.input_tokens"] == 200
     assert row["gen_ai.usage.output_tokens"] == 20
+    definitions = json.dumps(up.requests[0].json()["tools"])
+    assert row["tools_tokens"] == pytest.approx(len(definitions) / 4, rel=0.4)  # `done` with them
     assert row["cost_usd"] > 0
     assert not row["error_type"]
     first, second = attempts_of(proxy, row)
@@ -243,7 +245,7 @@ def test_a_done_without_an_answer_is_asked_for_it(
     script(up, done(), done(), done('{"answer": "All is well."}'))
     got = ask(proxy, stream=stream)
     assert (got.text, got.calls, got.finish) == ("All is well.", [], FINISH[ask]["stop"])
-    assert got.usage == (300, 30)
+    assert got.usage == (100, 30)
     rejected = [one["rejected"] for one in attempts_of(proxy, row_of(proxy, before))]
     assert rejected == ["no_answer", "no_answer", None]
     assert "answer" in up.requests[2].json()["messages"][-1]["content"]
@@ -257,7 +259,7 @@ def test_after_the_last_attempt_the_reply_passes_as_it_is(
     got = ask(proxy, stream=stream)
     assert got.text == "No 1.\n\nNo 2.\n\nNo 3."
     assert (got.calls, got.finish) == ([], FINISH[ask]["stop"])
-    assert got.usage == (300, 30)
+    assert got.usage == (100, 30)
     assert up.count == 3
 
 

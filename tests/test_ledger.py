@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mitmproxy.io import FlowReader
 
-from kimi_core.context import Context, Piece
+from kimi_core.context import Context, Piece, sent
 from kimi_core.dialects import ANTHROPIC, OPENAI, RESPONSES, Dialect
 from kimi_core.document import Document
 from kimi_core.exchange import Attempt, Breaker, Exchange, Route, Saving, Spending, Usage
@@ -228,6 +228,45 @@ def test_what_stands_before_the_messages_breaks_the_cache_at_0(
     talk.gets(talk.asks(turns(3), **before))
     assert at(talk.gets(talk.asks(turns(5), **then))) == (0, by)
     assert at(talk.gets(talk.asks(turns(7), **then))) == (None, "")
+
+
+OURS = {"name": "kimi_recall", "input_schema": {}}
+
+
+def offering(talk: Talk, messages: Sequence[Json], **more: Any) -> Exchange:
+    """Let a request leave with a tool of ours."""
+    exchange = talk.asks(messages, **more)
+    given = sent(exchange)
+    document = talk.asks(messages, **more | {"tools": [*more["tools"], OURS]}).document
+    exchange.sent = given.with_heads(document)
+    return exchange
+
+
+def test_a_tool_of_ours_that_comes_or_goes_is_our_doing() -> None:
+    talk = Talk(ANTHROPIC)
+    talk.gets(offering(talk, turns(3), tools=TOOLS), read=250)
+    assert at(talk.gets(offering(talk, turns(5), tools=TOOLS), read=450)) == (None, "")
+    gone = talk.gets(talk.asks(turns(7), tools=TOOLS), read=0)
+    assert at(gone) == (0, "proxy")
+    assert money(gone) == about(0, 500 * (IN - READ), 0, -500 * (IN - READ))
+    again = talk.gets(offering(talk, turns(9), tools=TOOLS), read=450)
+    assert at(again) == (None, "")  # as it left before, which is in the cache still
+
+
+def test_a_bypass_takes_our_tool_with_it() -> None:
+    talk = Talk(ANTHROPIC)
+    talk.gets(offering(talk, turns(3), tools=TOOLS))
+    exchange = talk.asks(turns(5), tools=TOOLS)
+    exchange.rewrite = "bypass"
+    assert at(talk.gets(exchange)) == (0, "bypass")
+    assert broken(exchange) == "the tools, by a bypass"
+
+
+def test_the_clients_change_of_tools_is_its_own_beside_a_tool_of_ours() -> None:
+    talk = Talk(ANTHROPIC)
+    talk.gets(offering(talk, turns(3), tools=TOOLS, system="a"))
+    assert at(talk.gets(offering(talk, turns(5), tools=TOOLS, system="b"))) == (0, "system")
+    assert at(talk.gets(offering(talk, turns(7), tools=[], system="b"))) == (0, "tools")
 
 
 @pytest.mark.parametrize("then", [[SYSTEM | {"content": "It is noon."}], [SYSTEM, SYSTEM], []])
@@ -569,15 +608,35 @@ def test_a_recall_takes_a_further_prompt_and_the_call_that_asked_for_it() -> Non
     assert money(exchange) == about(400, 0, spent, 400 - spent)
 
 
-def test_a_further_request_that_is_refused_or_is_no_recall_took_nothing() -> None:
+def test_a_recall_whose_further_request_is_refused_took_all_that_the_asking_one_did() -> None:
     talk = Talk()
     exchange = talk.asks(turns(3))
     talk.ledger.leaves(exchange)
     exchange.attempt().rejected = "recall"
     exchange.attempts[0].input_tokens, exchange.attempts[0].output_tokens = 300, 20
+    exchange.attempts[0].cost_usd = 400.0
     exchange.attempt().status = 500
     talk.ledger.settle(exchange, price, count)
-    assert money(exchange) == about(0, 0, 0, 0)
+    assert exchange.spendings == [Spending("recall", 300, 20, 400.0)]
+    assert money(exchange) == about(0, 0, 400, -400)
+
+
+def test_recalls_that_lead_to_a_failure_are_all_in_vain() -> None:
+    talk = Talk()
+    exchange = talk.asks(turns(3))
+    talk.ledger.leaves(exchange)
+    for number, rejected in enumerate(("recall", "no_tool_call", "recall", "recall", "")):
+        attempt = exchange.attempt()
+        attempt.rejected, attempt.status = rejected, 200 if rejected else 500
+        if rejected:
+            attempt.input_tokens, attempt.output_tokens = 300 + number, 20
+            attempt.cost_usd = 400.0 + number
+    talk.ledger.settle(exchange, price, count)
+    assert [spending.cost_usd for spending in exchange.spendings] == [401.0, 402.0, 403.0]
+
+
+def test_a_further_request_that_is_no_recall_is_not_spent_on_saving() -> None:
+    talk = Talk()
     exchange = talk.asks(turns(3))
     talk.ledger.leaves(exchange)
     talk.ends(exchange, [(300, 0, None, 20, "no tool call"), (450, 300, None, 500, "")])

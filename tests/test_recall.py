@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from kimi_core import dialects, recall
 from kimi_core.attempts import Turn, join
+from kimi_core.context import Counter, context, sent
 from kimi_core.dialects import Dialect
 from kimi_core.document import Document
 from kimi_core.enforcement import Enforcement
@@ -114,10 +115,6 @@ def test_the_same_bytes_are_added_whatever_the_conversation_says(dialect: Dialec
         {"tools": []},
         {"tools": None},
         {"messages": []},
-        {"tool_choice": "none"},
-        {"tool_choice": {"type": "none"}},
-        {"n": 2, "output_config": {"format": {"type": "json_schema"}}},
-        {"response_format": {"type": "json_object"}, "output_format": {"type": "json_schema"}},
     ],
 )
 def test_a_request_that_can_take_no_recall_is_left_alone(
@@ -128,6 +125,59 @@ def test_a_request_that_can_take_no_recall_is_left_alone(
     assert exchange.document.encode() is body
     assert exchange.job is None
     assert exchange.stages == []
+
+
+def test_several_choices_are_left_alone_as_nobody_would_find_a_call_in_them() -> None:
+    exchange = exchange_of(body := body_of(CHAT, n=2), CHAT)
+    assert not recall.prepare(exchange, lookup)
+    assert exchange.document.encode() is body
+    assert (exchange.job, exchange.stages, exchange.sent) == (None, [], None)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tool_choice": "none"},
+        {"tool_choice": {"type": "none"}},
+        {"response_format": {"type": "json_object"}, "output_format": {"type": "json_schema"}},
+        {"output_config": {"format": {"type": "json_schema"}}, "response_format": {"type": "x"}},
+        {"tool_choice": "none", "n": 2},
+    ],
+)
+def test_what_a_request_wants_of_this_reply_leaves_the_tools_as_they_were(
+    dialect: Dialect, more: dict[str, Any]
+) -> None:
+    usual, exchange = (exchange_of(body_of(dialect, **one), dialect) for one in ({}, more))
+    assert recall.prepare(usual, lookup)
+    assert recall.prepare(exchange, lookup)
+    assert exchange.document.raw("tools") == usual.document.raw("tools")
+    several = dialect is CHAT and "n" in more
+    assert (exchange.turn is None) is several
+
+
+@BOTH
+def test_the_context_that_leaves_has_the_tool_and_the_clients_has_not(dialect: Dialect) -> None:
+    exchange = exchange_of(body_of(dialect), dialect)
+    recall.prepare(exchange, lookup)
+    (client,), (leaving,) = context(exchange).heads, sent(exchange).heads
+    assert NAME.encode() not in bytes(client.unit.raw)
+    assert bytes(leaving.unit.raw) == exchange.document.raw("tools")
+    counter = Counter()
+    assert counter.count(exchange, "m")["tools"] > 100 + sum(
+        counter.count_in(context(exchange), "m")[kind] for kind in ("tools",)
+    )
+
+
+@BOTH
+@EACH_WAY
+def test_text_in_json_is_never_followed_by_other_text(stream: bool, dialect: Dialect) -> None:
+    turn = Turn(Recall(NAME, lookup, said_once=True))
+    replies = [asks(), asks(text='{"a": 1}'), Reply(text='{"b": 2}')]
+    played = play(turn, dialect, replies, stream=stream)
+    assert (played.text, played.calls) == ('{"a": 1}', [])
+    assert played.rejected == ["recall"]
+    assert NAME.encode() not in played.body
 
 
 @BOTH
@@ -269,9 +319,9 @@ def test_what_the_client_gets_of_all_attempts(case: Case, stream: bool, dialect:
         assert played.read.finish_reason == finish
         assert played.read.complete
         assert not played.read.error
-        assert played.read.usage.input_tokens == 100 * attempts
+        assert played.read.usage.input_tokens == 100
         assert played.read.usage.output_tokens == 10 * attempts
-        assert played.read.usage.cache_read_tokens == 30 * attempts
+        assert played.read.usage.cache_read_tokens == 30
         if stream and dialect is CHAT:
             assert_one_stream_of_chunks(played.body)
         elif stream:

@@ -195,7 +195,7 @@ def test_a_model_gets_what_it_asks_for_and_its_client_sees_one_reply(
     assert got.text == "Let me see.\n\nIt was cut."
     assert got.calls == [("bash", {"command": "ls"})]
     assert got.finish == FINISH[ask]["call"]
-    assert got.usage == (200, 20)
+    assert got.usage == (100, 20)
     first, second = up.requests
     assert names(first) == names(second) == ["bash", NAME]
     assert (first.host, first.path, first.key) == (second.host, second.path, second.key)
@@ -205,6 +205,8 @@ def test_a_model_gets_what_it_asks_for_and_its_client_sees_one_reply(
     row = wait_until(lambda: proxy.rows()[before:])[0]
     assert row["attempts"] == 2
     assert row["gen_ai.usage.input_tokens"] == 200
+    gauges = {one["id"]: one["context_tokens"] for one in proxy.rows("sessions")}
+    assert gauges[row["session_id"]] == 100
     attempts = wait_until(
         lambda: [one for one in proxy.rows("attempts") if one["exchange_id"] == row["id"]]
     )
@@ -256,7 +258,7 @@ def test_a_model_that_must_call_may_recall_too(
     got = ask(proxy, stream=stream, model=model)
     assert (got.text, got.calls) == ("I will look.\n\nAll is well.", [])
     assert got.finish == FINISH[ask]["stop"]
-    assert got.usage == (400, 40)
+    assert got.usage == (100, 40)
     assert names(up.requests[0]) == ["bash", NAME, "done"]
     assert "Nothing is kept" in json.dumps(up.requests[1].json()["messages"][-1])
     assert "3: the third" in json.dumps(up.requests[3].json()["messages"][-1])

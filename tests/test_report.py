@@ -86,12 +86,32 @@ def test_savings_fit_in_one_line_and_nothing_saved_is_nothing_said() -> None:
             "saved_usd",
         )
     )
+    sums |= {"unpriced_savings": 0, "unpriced_spendings": 0}
     assert report.savings(sums) == ""
     assert report.savings(sums | {"saved_tokens": 0}) == ""
     said = report.savings(sums | {"saved_tokens": 1500, "masked_tokens": 1500})
     assert said == "1,500 tokens not sent (1,500 masked); ? gross, ? lost, ? spent, ? net"
     assert report.savings(sums | {"saved_tokens": 0, "spent_usd": 2.0, "saved_usd": -2.0}) == (
         "0 tokens not sent; ? gross, ? lost, $2.00 spent, -$2.00 net"
+    )
+
+
+def test_savings_without_a_known_price_are_no_zero() -> None:
+    sums = {
+        "saved_tokens": 0,
+        "masked_tokens": 0,
+        "compressed_tokens": 0,
+        "gross_saved_usd": 0.0,
+        "lost_usd": 0.0,
+        "spent_usd": 0.0,
+        "saved_usd": None,
+        "unpriced_savings": 0,
+        "unpriced_spendings": 1,
+    }
+    assert report.savings(sums) == ("0 tokens not sent; $0.00 gross, $0.00 lost, ? spent, ? net")
+    sums |= {"gross_saved_usd": 3.0, "spent_usd": 2.0, "saved_usd": 1.0, "unpriced_savings": 1}
+    assert report.savings(sums) == (
+        "0 tokens not sent; $3.00 + ? gross, ? lost, $2.00 + ? spent, $1.00 ± ? net"
     )
 
 

@@ -361,6 +361,51 @@ def test_sessions_come_last_used_first_with_their_gauge(play: Callable[..., None
     play(scenario)
 
 
+def test_a_session_of_which_all_was_refused_is_not_the_active_one(
+    play: Callable[..., None],
+) -> None:
+    async def active(page: Running) -> Any:
+        session = (await page.json("/api/sessions/active"))["session"]
+        return session and session["id"]
+
+    async def scenario(page: Running) -> None:
+        page.add(row(1, session_id="refused", status=404, attempts=0))
+        assert await active(page) is None
+        assert (await page.client.get("/health")).json()["session"]["state"] == "none"
+        page.add(row(2, session_id="talk", attempts=1))
+        page.add(row(3, session_id="refused", status=404, attempts=0))
+        assert await active(page) == "talk"
+        assert (await page.json("/api/sessions"))["sessions"][0]["id"] == "refused"
+        page.add(row(4, session_id="refused", status=502, attempts=1))
+        assert await active(page) == "refused"
+        page.store.touch_session("begins")
+        assert page.store.flush()
+        assert await active(page) == "begins"
+
+    play(scenario)
+
+
+def test_what_has_no_known_price_is_counted_where_its_money_is_missing(
+    play: Callable[..., None],
+) -> None:
+    nothing = {"masks": 0, "gross_saved_usd": 0.0, "lost_usd": 0.0, "spent_usd": 0.0}
+
+    async def scenario(page: Running) -> None:
+        page.add(
+            row(1),  # of an older schema
+            row(2, **nothing),
+            row(3, **nothing | {"spent_usd": None}),
+            row(4, **nothing | {"spent_usd": None, "gen_ai.usage.input_tokens": None}),
+            row(5, **nothing | {"gross_saved_usd": None, "lost_usd": None}),
+            # Nobody counted.
+            row(6, **dict.fromkeys(nothing) | {"masks": 0, "gen_ai.usage.input_tokens": None}),
+        )
+        sums = (await page.json("/api/totals"))["all"]
+        assert (sums["unpriced_savings"], sums["unpriced_spendings"]) == (1, 2)
+
+    play(scenario)
+
+
 def test_exchanges_come_newest_first_page_by_page(play: Callable[..., None]) -> None:
     async def scenario(page: Running) -> None:
         page.add(*(row(n, session_id="two" if n % 2 else "one") for n in range(5)))
@@ -672,6 +717,48 @@ def test_with_no_page_open_an_exchange_starts_nothing(play: Callable[..., None])
         before = asyncio.all_tasks()
         page.addon.response(ended_flow())
         assert asyncio.all_tasks() == before
+
+    play(scenario)
+
+
+def test_what_an_addon_announces_wakes_the_page_when_its_rows_can_be_read(
+    play: Callable[..., None],
+) -> None:
+    async def scenario(page: Running) -> None:
+        suite = page.addon.proxy.suite
+        before = asyncio.all_tasks()
+        suite.announce()  # with no page open it costs nothing
+        assert asyncio.all_tasks() == before
+        async with page.client.stream("GET", "/api/events", headers=BEARER) as answer:
+            lines = aiter(answer.aiter_lines())
+            assert await anext(lines) == "retry: 2000"
+            page.store.add_exchange(row(1))
+            suite.announce()
+            await next_change(lines)
+            assert len((await page.json("/api/exchanges"))["exchanges"]) == 1
+
+    play(scenario)
+
+
+def test_an_option_that_is_set_elsewhere_wakes_the_page(play: Callable[..., None]) -> None:
+    async def scenario(page: Running) -> None:
+        async with page.client.stream("GET", "/api/events", headers=BEARER) as answer:
+            lines = aiter(answer.aiter_lines())
+            assert await anext(lines) == "retry: 2000"
+            page.context.options.kimi_bypass = True
+            await next_change(lines)
+
+    play(scenario)
+
+
+def test_when_the_page_has_ended_what_is_announced_is_heard_by_nobody(
+    play: Callable[..., None],
+) -> None:
+    async def scenario(page: Running) -> None:
+        suite = page.addon.proxy.suite
+        await page.addon.done()
+        assert suite.on_change is None
+        suite.announce()
 
     play(scenario)
 

@@ -241,6 +241,24 @@ def test_a_session_sums_its_exchanges_and_shows_the_gauge_of_the_last_turn(
     assert store.session("unknown") is None
 
 
+def test_the_gauge_shows_the_last_prompt_and_not_the_sum_of_an_exchanges_attempts(
+    make: Callable[..., Store],
+) -> None:
+    store = make()
+    for number, tokens in ((1, 30_000), (2, 36_000), (3, None)):
+        store.add_attempt({"exchange_id": "x000001", "number": number, "input_tokens": tokens})
+    store.add_exchange(exchange(1, attempts=3, **{"gen_ai.usage.input_tokens": 66_000}))
+    assert store.flush()
+    session = store.session("s")
+    assert session is not None
+    assert (session["context_tokens"], session["input_tokens"]) == (36_000, 66_000)
+    store.add_exchange(exchange(2, attempts=1))
+    assert store.flush()
+    session = store.session("s")
+    assert session is not None
+    assert session["context_tokens"] == 102
+
+
 def test_an_unknown_window_replaces_the_window_of_the_model_before(
     make: Callable[..., Store],
 ) -> None:

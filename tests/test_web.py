@@ -134,6 +134,21 @@ def test_an_addon_that_has_left_answers_no_more(play: Callable[[Scenario], None]
     play(scenario)
 
 
+def test_a_change_that_one_page_asked_for_wakes_the_others(
+    play: Callable[[Scenario], None],
+) -> None:
+    async def scenario(page: Running, addon: Answering) -> None:
+        async with page.client.stream("GET", "/api/events", headers=BEARER) as answer:
+            lines = aiter(answer.aiter_lines())
+            assert await anext(lines) == "retry: 2000"
+            assert (await page.get("/api/things")).status_code == 200
+            assert (await post(page, "/api/change")).status_code == 200
+            async with asyncio.timeout(5):
+                assert [await anext(lines) for _ in range(2)] == ["", "event: change"]
+
+    play(scenario)
+
+
 def test_a_post_brings_a_json_object_or_nothing(play: Callable[[Scenario], None]) -> None:
     async def scenario(page: Running, addon: Answering) -> None:
         answer = await post(page, "/api/things/one", b'{"force": true}', **JSON)

@@ -21,12 +21,19 @@ _REQUESTS = 8
 """How many conversations of a session are kept apart: branches, subagents side by side."""
 
 
+Heads = tuple[tuple[str, bytes], ...]
+"""Kinds and digests."""
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """What left in a conversation, as digests, and what the reply said of the cache."""
 
     target: tuple[str, str]
-    heads: tuple[tuple[str, bytes], ...]
+    heads: Heads
+    """What left before the messages."""
+    own_heads: Heads
+    """The same as the client sent it."""
     own: bytes
     """The digests of the client's messages, one after the other."""
     left: bytes
@@ -95,11 +102,16 @@ def _request(exchange: Exchange) -> Request:
     own = b"".join(client.digests)
     return Request(
         target=(route.provider, route.model) if route else ("", exchange.model),
-        heads=tuple((head.unit.kind, head.digest) for head in leaving.heads),
+        heads=_heads(leaving),
+        own_heads=_heads(client),
         own=own,
-        left=own if leaving is client else b"".join(leaving.digests),
+        left=own if leaving.digests is client.digests else b"".join(leaving.digests),
         bypassed=exchange.rewrite == "bypass",
     )
+
+
+def _heads(given: Context) -> Heads:
+    return tuple((head.unit.kind, head.digest) for head in given.heads)
 
 
 def _step(exchange: Exchange, now: Request, lately: Sequence[Request]) -> Step:
@@ -125,16 +137,19 @@ def _broken(exchange: Exchange, now: Request, before: Request, systems: int) -> 
     """Return who made a request depart from the one before, and where."""
     if before.target != now.target:
         return Step(now, before, 0, 0, "model")
-    if before.heads != now.heads:
-        tools = [[head for head in one.heads if head[0] == "tools"] for one in (before, now)]
-        return Step(now, before, 0, 0, "system" if tools[0] == tools[1] else "tools")
     at, theirs = _common(before.left, now.left), _common(before.own, now.own)
-    changed = theirs * _SIZE < min(len(before.own), len(now.own))
-    rewrite = exchange.rewrite or ("bypass" if before.bypassed else "")
     # A summary stands in for messages, so that the same one has another number in what leaves.
     fewer = (len(now.own) - len(now.left)) // _SIZE
+    known = max(0, theirs - fewer)
+    if before.heads != now.heads:
+        if before.own_heads == now.own_heads:
+            by: Breaker = "bypass" if now.bypassed or before.bypassed else "proxy"
+            return Step(now, before, known, 0, by, is_ours=True)
+        tools = [[head for head in one.own_heads if head[0] == "tools"] for one in (before, now)]
+        return Step(now, before, 0, 0, "system" if tools[0] == tools[1] else "tools")
+    changed = theirs * _SIZE < min(len(before.own), len(now.own))
+    rewrite = exchange.rewrite or ("bypass" if before.bypassed else "")
     if not changed or (rewrite and at < theirs - fewer):
-        known = max(0, theirs - fewer)
         return Step(now, before, known, at + 1, rewrite or "proxy", is_ours=True)
     if theirs < systems:
         return Step(now, before, at, 0, "system")

@@ -74,6 +74,12 @@ class Context:
         made.chains = _chains(made.digests)
         return made
 
+    def with_heads(self, document: Document) -> Context:
+        """Return the context with what stands before the messages in the document now."""
+        made = copy(self)
+        made.heads = [piece(unit) for unit in self.dialect.heads(document)]
+        return made
+
     def put(self, document: Document, messages: Mapping[int, bytes]) -> None:
         """Put other JSON texts in the place of these messages of the request's document."""
         path = self._messages.path

@@ -97,6 +97,16 @@ class Suite:
         self._client: relay.Client | None = None
         self.relayed: WeakValueDictionary[str, http.HTTPFlow] = WeakValueDictionary()
         """The flows on their way to the relay, by one-time host name."""
+        self.on_change: Callable[[], None] | None = None
+        """Set by the one that shows what the suite is like; see `announce`."""
+
+    def announce(self) -> None:
+        """Have what is shown read anew: something has changed besides an exchange that ended.
+
+        To be called on the event loop; rows that are queued by then can be read when it is heard.
+        """
+        if self.on_change is not None:
+            self.on_change()
 
     @property
     def rules(self) -> Rules:

@@ -11,7 +11,8 @@ The model of an exchange without us:
 - `lost_usd`: what it cost that it was not there. Where we rewrote what had been sent before, this
   is the price of reading anew what would have been read from the cache.
 - `spent_usd`: summaries, and recalls: the further request's prompt, and the call that asked for it.
-  What the model says after a recall it would have said without one.
+  What the model says after a recall it would have said without one. Where the further request
+  failed, nobody has anything of the asking one: all that it took is spent.
 
 Where the numbers come from: the prompt and its cached part from the provider's usage; what was left
 out from o200k, an estimate for other models, times what the provider counted of the prompt over
@@ -116,6 +117,8 @@ _BEFORE_MESSAGES: dict[Breaker, str] = {
     "tools": "the tools, by the client",
     "system": "the system prompt, by the client",
     "model": "another model",
+    "bypass": "the tools, by a bypass",
+    "proxy": "the tools, by kimi-proxy",
     "provider": "expired at the provider",
 }
 
@@ -281,16 +284,21 @@ def _longer(usage: Usage, said: Usage, cached: int, other: int) -> Usage:
 
 
 def _recalls(attempts: Sequence[Attempt], price: Price) -> list[Spending]:
-    return [
-        _recall(asking, further, price)
-        for asking, further in pairwise(attempts)
-        if asking.rejected == RECALL
-    ]
+    spendings: list[Spending] = []
+    failed = False
+    for asking, further in reversed(list(pairwise(attempts))):
+        # With it fail those that led to it.
+        failed = further.input_tokens is None or (failed and further.rejected == RECALL)
+        if asking.rejected == RECALL:
+            spendings.append(_in_vain(asking) if failed else _recall(asking, further, price))
+    return spendings[::-1]
+
+
+def _in_vain(asking: Attempt) -> Spending:
+    return Spending("recall", asking.input_tokens or 0, asking.output_tokens or 0, asking.cost_usd)
 
 
 def _recall(asking: Attempt, further: Attempt, price: Price) -> Spending:
-    if further.input_tokens is None:  # refused
-        return Spending("recall", 0, 0, 0.0)
     usage = replace(
         further.reply.usage,
         input_tokens=further.input_tokens,
@@ -301,7 +309,7 @@ def _recall(asking: Attempt, further: Attempt, price: Price) -> Spending:
     cost = further.cost_usd
     if cost is not None and paid is not None and taken is not None:
         cost = cost * taken / paid if paid else cost
-    return Spending("recall", further.input_tokens, asking.output_tokens or 0, cost)
+    return Spending("recall", further.input_tokens or 0, asking.output_tokens or 0, cost)
 
 
 def _sum(costs: Iterable[float | None]) -> float | None:

@@ -116,26 +116,34 @@ def cost(value: float | None, unpriced: int) -> str:
     return usd(value) + (" + ?" if unpriced and value is not None else "")
 
 
+def _partly(value: float | None, unpriced: int, sign: str = "+") -> str:
+    """Return money of which some is not known; where all of it is, that is no zero."""
+    if not unpriced:
+        return usd(value)
+    return f"{usd(value)} {sign} ?" if value else usd(None)
+
+
 def savings(sums: Mapping[str, Any]) -> str:
     """Return what was saved in one line, from sums of the store; empty when nothing was.
 
     Gross is what the tokens left out would have cost, net what remains of it.
     """
-    if not (sums["saved_tokens"] or sums["lost_usd"] or sums["spent_usd"]):
+    no_gain, no_cost = sums["unpriced_savings"], sums["unpriced_spendings"]
+    if not (sums["saved_tokens"] or sums["lost_usd"] or sums["spent_usd"] or no_cost):
         return ""
     kinds = (("masked", sums["masked_tokens"]), ("compressed", sums["compressed_tokens"]))
     of_each = ", ".join(f"{count:,} {kind}" for kind, count in kinds if count)
     money = (
-        ("gross", sums["gross_saved_usd"]),
-        ("lost", sums["lost_usd"]),
-        ("spent", sums["spent_usd"]),
-        ("net", sums["saved_usd"]),
+        ("gross", _partly(sums["gross_saved_usd"], no_gain)),
+        ("lost", _partly(sums["lost_usd"], no_gain)),
+        ("spent", _partly(sums["spent_usd"], no_cost)),
+        ("net", _partly(sums["saved_usd"], no_gain or no_cost, "±")),
     )
     return (
         f"{number(sums['saved_tokens'])} tokens not sent"
         + (f" ({of_each})" if of_each else "")
         + "; "
-        + ", ".join(f"{usd(value)} {name}" for name, value in money)
+        + ", ".join(f"{value} {name}" for name, value in money)
     )
 
 

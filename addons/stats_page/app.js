@@ -2,6 +2,7 @@ import { $, ago, el, fill, money, none, number, seconds, short, svg, text, thing
 import * as savings from "./savings.js";
 
 const GAP_MS = 1000; // the page asks no more often, however busy the proxy is
+const READ_MS = 8000; // so long at least a message can be read
 const ROWS = 50;
 const FIRST_SESSIONS = 8;
 
@@ -13,6 +14,9 @@ const view = {
   timer: 0,
   next: 0,
   asking: false,
+  changes: 0, // by the user, so far
+  told: 0, // the timer that hides what was told
+  toldAt: 0,
   again: false,
   retry: 1000,
   events: null,
@@ -147,7 +151,7 @@ const BREAKS = {
   revocation: ["ours", "a summary was revoked"],
   flush: ["ours", "what is masked was decided anew"],
   bypass: ["ours", "the proxy stopped to edit this session’s requests"],
-  proxy: ["ours", "we sent an older message in another form"],
+  proxy: ["ours", "we sent what had been sent before in another form"],
   model: ["ours", "another model or provider was picked"],
   provider: ["provider", "the provider no longer had it"],
 };
@@ -208,7 +212,7 @@ function exchangeRow(row) {
     status);
 }
 
-function show(sessions, chosen, exchanges, totals) {
+function show(sessions, session, exchanges, totals) {
   const empty = sessions.sessions.length === 0 && exchanges.exchanges.length === 0;
   $("empty").hidden = !empty;
   $("filled").hidden = empty;
@@ -216,9 +220,8 @@ function show(sessions, chosen, exchanges, totals) {
     view.seen = new Set();
     return;
   }
-  const active = chosen ?? sessions.sessions[0];
-  $("context").hidden = !active;
-  if (active) showGauge(active);
+  $("context").hidden = session === null;
+  if (session !== null) showGauge(session);
   showToday(totals.today);
   const providers = Object.entries(totals.today.by_provider)
     .sort(([one, a], [other, b]) => (one === "") - (other === "") || b.requests - a.requests);
@@ -227,11 +230,12 @@ function show(sessions, chosen, exchanges, totals) {
   fill($("sessions"), sessions.sessions.map(sessionRow));
   $("sessions-more").hidden = sessions.next === null;
   fill($("exchanges"), exchanges.exchanges.map(exchangeRow));
+  if (view.seen !== null && exchanges.exchanges.some((row) => !view.seen.has(row.id))) outdated();
   view.seen = new Set(exchanges.exchanges.map((row) => row.id));
   $("older").hidden = exchanges.next === null || view.rows >= 1000;
   $("all").hidden = view.session === null;
   $("exchanges-title").replaceChildren(
-    ...(chosen ? ["Exchanges of ", el("bdi", {}, title(chosen))] : ["Last exchanges"]));
+    ...(view.session === null ? ["Last exchanges"] : ["Exchanges of ", el("bdi", {}, title(session))]));
   const query = view.session === null ? "" : `?session=${encodeURIComponent(view.session)}`;
   $("csv").href = `api/export/csv${query}`;
   $("json").href = `api/export/json${query}`;
@@ -253,10 +257,19 @@ function showProxy(status) {
   notice(state === "ok" ? "" : `The store is ${state}. Traffic flows; its numbers wait in memory.`);
 }
 
-// What came of something that the user did; the next answer of the proxy does not hide it.
+// What came of something that the user did; the next answer of the proxy does not hide it, later
+// traffic does.
 function told(message) {
+  clearTimeout(view.told);
+  view.told = 0;
+  view.toldAt = Date.now();
   $("told").hidden = message === "";
   $("told").textContent = message;
+}
+
+function outdated() {
+  if ($("told").hidden || view.told) return;
+  view.told = setTimeout(told, Math.max(0, view.toldAt + READ_MS - Date.now()), "");
 }
 
 function notice(message) {
@@ -268,6 +281,12 @@ function notice(message) {
 
 class Refused extends Error {}
 
+// How full a window is stands on the page, and how to ask the API otherwise is not for people.
+function sentence({ error, hint, current_percentage: full }) {
+  const said = hint && full === undefined ? `${error}: ${hint}` : error;
+  return said.charAt(0).toUpperCase() + said.slice(1);
+}
+
 async function ask(path, change) {
   const headers = { accept: "application/json" };
   const how = change === undefined ? { headers }
@@ -275,7 +294,7 @@ async function ask(path, change) {
   const answer = await fetch(`api/${path}`, how);
   const body = await answer.json();
   if (answer.status === 401) throw new Refused();
-  if (!answer.ok) throw Object.assign(new Error(body.hint ? `${body.error}: ${body.hint}` : body.error), { status: answer.status });
+  if (!answer.ok) throw Object.assign(new Error(sentence(body)), { status: answer.status, unknown: "path" in body });
   return body;
 }
 
@@ -285,7 +304,7 @@ async function askAddon(path, change) {
   try {
     return await ask(path, change);
   } catch (error) {
-    if (error.status === 404 || (change === undefined && error.status >= 500)) return null;
+    if (change === undefined ? error.status === 404 || error.status >= 500 : error.unknown) return null;
     throw error;
   }
 }
@@ -297,25 +316,25 @@ async function refresh() {
   }
   view.asking = true;
   view.again = false;
-  const session = view.session;
+  const { session, changes } = view;
   const of = session === null ? "" : `&session=${encodeURIComponent(session)}`;
   try {
-    const [sessions, exchanges, totals, chosen, saving] = await Promise.all([
+    const [sessions, { session: shown }, exchanges, totals, saving] = await Promise.all([
       ask(`sessions?limit=${view.sessions}`),
+      session === null ? ask("sessions/active") : ask(`sessions/${encodeURIComponent(session)}`),
       ask(`exchanges?limit=${view.rows}${of}`),
       ask("totals?period=today"),
-      session === null ? { session: null } : ask(`sessions/${encodeURIComponent(session)}`),
       savings.read(session),
     ]);
-    const active = chosen.session ?? sessions.sessions[0] ?? null;
-    const summaries = await savings.compaction(active);
-    if (session !== view.session) return;
-    show(sessions, chosen.session, exchanges, totals);
-    savings.show(saving, totals.today, active, chosen.session !== null, summaries);
+    const summaries = await savings.compaction(shown);
+    if (changes !== view.changes) return; // asked before the user did something
+    show(sessions, shown, exchanges, totals);
+    savings.show(saving, totals.today, shown, session !== null, summaries);
   } catch (error) {
     failed(error);
   } finally {
     view.asking = false;
+    if (changes !== view.changes) view.next = 0;
     if (view.again) soon();
   }
 }
@@ -346,6 +365,7 @@ function soon() {
 }
 
 function atOnce() {
+  view.changes += 1;
   view.next = 0;
   clearTimeout(view.timer);
   view.timer = 0;
@@ -393,10 +413,16 @@ function choose(session) {
   view.session = session;
   view.rows = ROWS;
   view.seen = null;
+  told(""); // it was about another one
   atOnce();
 }
 
-savings.begin({ ask: askAddon, told, failed: (error) => (error instanceof Refused ? failed(error) : told(error.message)), changed: atOnce });
+function refused(error) {
+  if (error instanceof Refused) failed(error);
+  else told(error instanceof TypeError ? "The proxy does not answer." : error.message);
+}
+
+savings.begin({ ask: askAddon, told, failed: refused, changed: atOnce });
 $("sessions").addEventListener("click", (event) => {
   const button = event.target.closest("button");
   if (button) choose(button.dataset.id === view.session ? null : button.dataset.id);

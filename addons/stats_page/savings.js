@@ -65,7 +65,12 @@ function name(session) {
 function showSums(sums) {
   const item = (title, value, note, exact, more = "") =>
     el("div", { class: more || null }, el("dt", {}, title), el("dd", { title: exact }, value, el("small", {}, note)));
-  const dollars = (value) => (value === null ? none("no price known") : usd(value));
+  // Of what has no known price the sums have nothing; a zero made of it would be a lie.
+  const dollars = (value, unpriced) => (value === null || (unpriced && value === 0) ? none("no price known")
+    : unpriced ? `${usd(value)} + ?` : usd(value));
+  const without = (note, unpriced) =>
+    [note, unpriced ? `${whole.format(unpriced)} unpriced` : ""].filter(Boolean).join(", ");
+  const { unpriced_savings: noGain = 0, unpriced_spendings: noCost = 0 } = sums;
   const parts = [
     sums.masked_tokens ? `${short(sums.masked_tokens)} masked` : "",
     sums.compressed_tokens ? `${short(sums.compressed_tokens)} compressed` : "",
@@ -73,13 +78,15 @@ function showSums(sums) {
   const breaks = sums.cache_breaks ? things(sums.cache_breaks, "cache break") : "";
   const recalls = sums.recalls ? things(sums.recalls, "recall") : "";
   const net = sums.saved_usd;
+  const unknown = noGain || noCost;
   $("sums").replaceChildren(
     item("Tokens not sent", sums.saved_tokens === null ? "–" : short(sums.saved_tokens), parts,
       sums.saved_tokens === null ? null : whole.format(sums.saved_tokens)),
-    item("Would have cost", dollars(sums.gross_saved_usd), "gross", null),
-    item("Lost to cache misses", dollars(sums.lost_usd), breaks, null),
-    item("Spent on saving", dollars(sums.spent_usd), recalls, null),
-    item("Net", dollars(net), "", null, net === null || net === 0 ? "" : net > 0 ? "gain" : "loss"));
+    item("Would have cost", dollars(sums.gross_saved_usd, noGain), without("gross", noGain), null),
+    item("Lost to cache misses", dollars(sums.lost_usd, noGain), without(breaks, noGain), null),
+    item("Spent on saving", dollars(sums.spent_usd, noCost), without(recalls, noCost), null),
+    item("Net", unknown && net ? `${usd(net)} ± ?` : dollars(net, unknown), "", null,
+      unknown || !net ? "" : net > 0 ? "gain" : "loss"));
 }
 
 function showSanitizer() {
@@ -133,18 +140,40 @@ function showCompaction() {
     $("summaries-part").hidden = true;
     return;
   }
-  $("compress").disabled = view.busy || !said.can_compress;
-  const percent = said.current_percentage;
-  const level = percent === null || percent === undefined ? "" : `${Math.round(percent)} % of the window is in use. `;
-  const hint = said.hint ?? "";
-  $("compress-note").textContent = level + hint.charAt(0).toUpperCase() + hint.slice(1);
-  $("compress").textContent = view.chosen ? "Compress this session" : "Compress the active session";
+  const early = !said.can_compress && isEarly(said);
+  $("compress").disabled = view.busy || !(said.can_compress || early);
+  $("compress").textContent = `Compress ${view.chosen ? "this" : "the active"} session${early ? " anyway" : ""}`;
+  $("compress-note").textContent = fullness(said);
   $("summaries-part").hidden = said.summaries.length === 0;
   fill($("summaries"), said.summaries.map(summaryRow));
 }
 
+// Whether only the window says no to it: a person may know better.
+function isEarly({ current_percentage: full, threshold }) {
+  const { gauge, provider } = view.session;
+  return full === null ? gauge.window === null && provider !== null : full < threshold;
+}
+
+// The API's hint is worded for programs, too, so it is shown only where the numbers say nothing.
+function fullness(said) {
+  const { current_percentage: full, threshold, hint } = said;
+  const used = full === null ? "" : `${Math.max(0, Math.round(full))} % of the window is in use`;
+  if (said.can_compress) return used && `${used}.`;
+  if (!isEarly(said)) return [used, hint].filter(Boolean).map((text) => `${text.charAt(0).toUpperCase()}${text.slice(1)}.`).join(" ");
+  return full === null
+    ? "The model’s window is not known, so nothing says when it is full enough."
+    : `${used}; below ${Math.round(threshold)} % it need not be compressed.`;
+}
+
+// What a summary says first; as it is sent, all begin alike, and many with a heading.
+function firstWords(text) {
+  const said = (/<summary>\n([^]*)\n<\/summary>/.exec(text)?.[1] ?? text).trim().split("\n");
+  const line = said.find((one) => one.trim() && !/^\s*(#|\*\*[^*]*\*\*$)|:[*_]*\s*$/.test(one)) ?? said[0];
+  return line.trim().replace(/^(?:[-*•]|\d+[.)])\s+/, "").replaceAll("**", "");
+}
+
 function summaryRow(summary) {
-  const open = el("button", { type: "button", title: "Show the summary" }, summary.text.trim().split("\n", 1)[0] || summary.id);
+  const open = el("button", { type: "button", title: "Show the summary" }, firstWords(summary.text) || summary.id);
   open.dataset.id = summary.id;
   let last = el("span", { class: "soft" }, "revoked");
   if (summary.revoked_at === null) {
@@ -208,9 +237,10 @@ function openSummary(wanted) {
 
 // --- switches
 
-async function change(path, body, done) {
+async function change(path, body, done, doing = "") {
   if (view.busy) return;
   view.busy = true;
+  api.told(doing);
   showSanitizer();
   showCompaction();
   try {
@@ -220,6 +250,8 @@ async function change(path, body, done) {
     api.failed(error);
   } finally {
     view.busy = false;
+    showSanitizer();
+    showCompaction();
     api.changed();
   }
 }
@@ -232,13 +264,21 @@ const guarded = (handler) => async (event) => {
   }
 };
 
-$("masking").addEventListener("click", () => change("sanitizer/toggle", { enabled: !view.sanitizer.enabled }));
+$("masking").addEventListener("click", () => change("sanitizer/toggle", { enabled: !view.sanitizer.enabled }, ({ enabled }) => {
+  view.sanitizer.enabled = enabled;
+}));
 $("flush").addEventListener("click", () => {
   const asked = "Decide anew on all messages of this session? Its next request is sent without the provider’s cache, which costs once.";
   if (confirm(asked)) change("sanitizer/flush", { session: view.session.id }, () => "Decided anew with the session’s next request.");
 });
-$("compress").addEventListener("click", () => change(`compress/${id(view.session)}`, { force: false }, (result) =>
-  `Compressed: ${things(result.original_tokens, "token")} became ${whole.format(result.compressed_tokens)}; in force from the next request on.`));
+$("compress").addEventListener("click", () => {
+  const force = !view.compaction.can_compress;
+  const asked = "Compress it already? A summary takes the place of older messages, however little that saves, and the next request is sent without the provider’s cache, which costs once. It can be revoked.";
+  if (force && !confirm(asked)) return;
+  change(`compress/${id(view.session)}`, { force }, (result) =>
+    `Compressed: ${things(result.original_tokens, "token")} became ${whole.format(result.compressed_tokens)}; in force from the next request on.`,
+  "Compressing …");
+});
 $("summaries").addEventListener("click", (event) => {
   const wanted = event.target.closest("button")?.dataset.id;
   if (wanted === undefined) return;

@@ -27,12 +27,17 @@ def tool_choice(document: Document) -> str:
     return "required" if choice == "any" else text(choice)
 
 
+def wants_choices(document: Document, dialect: Dialect) -> bool:
+    """Tell whether several choices are wanted."""
+    return dialect is dialects.OPENAI and document.get("n", 1) != 1
+
+
 def wants_something_else(document: Document, dialect: Dialect) -> bool:
     """Tell whether several choices are wanted, or text in JSON: that is an answer in itself."""
+    if wants_choices(document, dialect):
+        return True
     if dialect is dialects.OPENAI:
         formats = [document.get("response_format")]
-        if document.get("n", 1) != 1:
-            return True
     else:
         config = document.get("output_config")
         formats = [document.get("output_format")]

@@ -163,8 +163,8 @@ class Turn:
         return "\n\n" + found if told else found
 
     def with_usage(self, path: Path, usage: Any) -> Any:
-        """Return usage that stands at `path` with that of the rejected replies."""
-        return add(self.usage.get(path), usage)
+        """Return usage that stands at `path` as that of the rejected replies and this one."""
+        return together(self.usage.get(path), usage)
 
 
 class Call:
@@ -219,6 +219,41 @@ def _name_each(calls: Iterable[Call]) -> None:
 def bare(name: str) -> str:
     """Return a tool's name without what Kimi models put round it."""
     return re.sub(r"^functions\.|:\d+$", "", name.strip())
+
+
+def together(one: Any, other: Any) -> Any:
+    """Return the usage of a reply, `other`, and of those before it as that of one reply.
+
+    The prompt is the last one's: by it clients see how full the window is, and each request
+    begins with those before it. All else is added.
+    """
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return add(one, other)
+    both = add(one, other)
+    if _is_number(other.get(_TOTAL)) and _is_number(one.get(_TOTAL)):
+        both[_TOTAL] -= next((one[key] for key in _PROMPTS if _is_number(one.get(key))), 0)
+    last = {key: value for key, value in other.items() if _in_prompt(key) and value is not None}
+    before = {key: value for key, value in one.items() if _in_prompt(key)}
+    if last:  # what it does not say there was none of
+        before = {key: _none_of(value) for key, value in before.items()}
+    return both | before | last
+
+
+# What usage says of the prompt, in any provider's words.
+_IN_PROMPT = re.compile(r"^(prompt|input)_tokens|cache.*_tokens|^cache_creation$")
+_PROMPTS = ("prompt_tokens", "input_tokens")
+_TOTAL = "total_tokens"
+
+
+def _in_prompt(key: str) -> bool:
+    return _IN_PROMPT.search(key) is not None
+
+
+def _none_of(value: Any) -> Any:
+    """Return 0 for a number, at every depth."""
+    if isinstance(value, dict):
+        return {key: _none_of(held) for key, held in value.items()}
+    return 0 if _is_number(value) else value
 
 
 def add(one: Any, other: Any) -> Any:

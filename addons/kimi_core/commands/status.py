@@ -48,7 +48,8 @@ def _status(found: process.Running | None, count: int) -> dict[str, Any]:
         midnight = datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
         reader = StoreReader(path)
         try:
-            said["session"] = next(map(_with_gauge, reader.sessions(1)), None)
+            active = reader.active_session()
+            said["session"] = _with_gauge(active) if active else None
             said["today"] = reader.totals(since=midnight.timestamp())
             said["total"] = reader.totals()
             said["exchanges"] = reader.exchanges(count) if count else []

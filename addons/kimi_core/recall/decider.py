@@ -42,11 +42,16 @@ _HASH = re.compile(r"(?<![0-9a-f])[0-9a-f]{16}(?![0-9a-f])")
 
 
 class Recall:
-    """Answers replies whose only calls are recalls."""
+    """Answers replies whose only calls are recalls.
 
-    def __init__(self, name: str, lookup: Lookup) -> None:
+    `said_once`: no text may follow other text, as where it is JSON. Then a reply that has text
+    is enough, and its recalls are dropped.
+    """
+
+    def __init__(self, name: str, lookup: Lookup, *, said_once: bool = False) -> None:
         self.name = name
         self._lookup = lookup
+        self._said_once = said_once
         self._answered = 0
 
     def hides(self, name: str) -> bool:
@@ -57,6 +62,8 @@ class Recall:
         """Return `RECALL` for a reply that has to be answered by us."""
         called = [call for call in ending.calls if call.name]
         if not called or not all(map(self.keeps, called)) or ending.is_stopped:
+            return ""
+        if self._said_once and ending.says_something:
             return ""
         if self._answered > MAX_RECALLS:  # it was told, and asks on
             return ""

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from kimi_core import attempts, dialects
-from kimi_core.attempts.offer import declared, offer, tool_choice, wants_something_else
+from kimi_core import attempts, context, dialects
+from kimi_core.attempts.offer import (
+    declared,
+    offer,
+    tool_choice,
+    wants_choices,
+    wants_something_else,
+)
 from kimi_core.exchange import Exchange
 from kimi_core.recall.decider import Lookup, Recall
 
@@ -41,21 +47,27 @@ _PARAMETERS: dict[str, Any] = {
 def prepare(exchange: Exchange, lookup: Lookup) -> bool:
     """Offer the tool, and answer its calls; False: the request is left as it is.
 
-    So it is when it offers no tool of the client's own, one of the same name, or allows none,
-    when it asks for several choices or for text in JSON, in dialects other than the two, and
-    where nobody sends it who would ask again. Whether anything is masked yet makes no difference:
-    the tools stand before all messages, and a change there would cost the provider's cache.
+    So it is when it offers no tool of the client's own or one of the same name, when it asks for
+    several choices, in which nobody would find a call, in dialects other than the two, and where
+    nobody sends it who would ask again. Whether anything is masked yet makes no difference, nor
+    does a request that allows no call or wants JSON: the tools stand before all messages, and a
+    change there would cost the provider's cache.
     """
     document, dialect = exchange.document, exchange.dialect
     if exchange.operation != "chat" or exchange.route is None:
         return False
     if dialect not in (dialects.OPENAI, dialects.ANTHROPIC):
         return False
-    names = declared(document)
-    if not names or NAME in names or tool_choice(document) == "none":
+    names, has_choices = declared(document), wants_choices(document, dialect)
+    if not names or NAME in names or not document.elements("messages"):
         return False
-    if not document.elements("messages") or wants_something_else(document, dialect):
+    if has_choices and tool_choice(document) != "none":
         return False
+    given = context.sent(exchange)
     offer(document, dialect, NAME, _DESCRIPTION, _PARAMETERS)
-    attempts.join(exchange, Recall(NAME, lookup))
+    exchange.sent = given.with_heads(document)
+    if not has_choices:
+        # Even where no call is allowed: one that comes all the same is not for the client.
+        said_once = wants_something_else(document, dialect)
+        attempts.join(exchange, Recall(NAME, lookup, said_once=said_once))
     return True

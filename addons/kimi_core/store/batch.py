@@ -97,6 +97,10 @@ _OLD_SQL = (
     "cost_usd, saved_usd, lost_usd, spent_usd FROM exchanges "
     "WHERE session_id IS NOT NULL AND id IN ({})"
 )
+_LAST_PROMPT_SQL = (
+    "SELECT input_tokens FROM attempts WHERE exchange_id = ? AND input_tokens IS NOT NULL "
+    "ORDER BY number DESC LIMIT 1"
+)
 _UNCOUNT_SQL = (
     "UPDATE sessions SET exchanges = exchanges - 1, "
     "input_tokens = input_tokens - ifnull(?2, 0), "
@@ -155,13 +159,14 @@ def _apply(db: Database, rows: Sequence[Row]) -> None:
     tables: dict[str, list[tuple[Value, ...]]] = {}
     for table, values in rows:
         tables.setdefault(table, []).append(values)
+    if "attempts" in tables:  # the gauge of their exchange is read from them
+        conn.executemany(_ATTEMPT_SQL, tables["attempts"])
     sessions = tables.get("sessions", [])
     if "exchanges" in tables:
         sessions = sessions + _write_exchanges(conn, tables["exchanges"])
     conn.executemany(_SESSION_SQL, sessions)
-    for table, sql in (("attempts", _ATTEMPT_SQL), ("conversations", _CONVERSATION_SQL)):
-        if table in tables:
-            conn.executemany(sql, tables[table])
+    if "conversations" in tables:
+        conn.executemany(_CONVERSATION_SQL, tables["conversations"])
     if "masks" in tables:
         masks.write(conn, tables["masks"])
     if "decisions" in tables:
@@ -182,17 +187,31 @@ def _write_exchanges(
     old = conn.execute(_OLD_SQL.format(",".join("?" * len(ids))), ids).fetchall()
     conn.executemany(_UNCOUNT_SQL, old)
     conn.executemany(_EXCHANGE_SQL, list(exchanges.values()))
-    return [_session_of(values) for values in exchanges.values() if values[_SESSION] is not None]
+    return [
+        _session_of(values, _last_prompt(conn, values))
+        for values in exchanges.values()
+        if values[_SESSION] is not None
+    ]
 
 
-def _session_of(values: tuple[Value, ...]) -> tuple[Value, ...]:
+def _last_prompt(conn: sqlite3.Connection, values: tuple[Value, ...]) -> Value:
+    """Return the tokens of an exchange's last prompt that was answered: of one, not of all."""
+    attempts = values[_AT["attempts"]]
+    if isinstance(attempts, int) and attempts > 1:
+        found = conn.execute(_LAST_PROMPT_SQL, (values[_ID],)).fetchone()
+        if found is not None:
+            prompt: Value = found[0]
+            return prompt
+    return values[_AT["gen_ai.usage.input_tokens"]]
+
+
+def _session_of(values: tuple[Value, ...], context_tokens: Value) -> tuple[Value, ...]:
     """Return what an exchange adds to its session, in the order of SESSION_COLUMNS."""
     (session_id, started_at, ended_at, key_hash, project, client, operation, kind, provider,
      asked, answered, window, input_tokens, output_tokens, cost_usd, saved_tokens, saved_usd,
      lost_usd, spent_usd,
     ) = _FOR_SESSION(values)  # fmt: skip
     model: Value = answered or asked
-    context_tokens: Value = input_tokens
     # A title made by a small model, or a subagent with its own context, is not where the
     # conversation stands; neither is a question for a count.
     if kind in ("background", "subagent") or operation not in ("chat", None):

@@ -17,6 +17,11 @@ from kimi_core.store.schema import (
 from kimi_core.store.summaries import SummaryReader
 
 _MODEL = 'coalesce("gen_ai.response.model", "gen_ai.request.model")'
+# Rows of an older schema, or of a proxy without Counter, say nothing of savings at all.
+_IN_LEDGER = (
+    "masks IS NOT NULL "
+    'AND coalesce("gen_ai.usage.input_tokens", gross_saved_usd, spent_usd) IS NOT NULL'
+)
 # Key in `totals` -> SQL. Null, not 0, where no row says anything; a number of rows is never null.
 _SUMS = {
     "requests": "count(*)",
@@ -37,10 +42,21 @@ _SUMS = {
     "gross_saved_usd": "sum(gross_saved_usd)",
     "lost_usd": "sum(lost_usd)",
     "spent_usd": "sum(spent_usd)",
+    "unpriced_savings": f"sum(gross_saved_usd IS NULL AND {_IN_LEDGER})",
+    "unpriced_spendings": f"sum(spent_usd IS NULL AND {_IN_LEDGER})",
     "recalls": "sum(recalls)",
     "cache_breaks": "sum(cache_break IS NOT NULL)",
 }
-_COUNTS = ("requests", "errors", "partial", "mended", "unpriced", "cache_breaks")
+_COUNTS = (
+    "requests",
+    "errors",
+    "partial",
+    "mended",
+    "unpriced",
+    "unpriced_savings",
+    "unpriced_spendings",
+    "cache_breaks",
+)
 
 
 class StoreReader(MaskReader, SummaryReader):
@@ -74,6 +90,16 @@ class StoreReader(MaskReader, SummaryReader):
         sql = f"SELECT {quoted(SESSION_COLUMNS)} FROM sessions WHERE id = ?"
         return self._one(sql, (session_id,))
 
+    def active_session(self) -> dict[str, Any] | None:
+        """Return the session used last of which a request was sent, or begins just now."""
+        # A request that was refused may have been of no conversation that anybody has.
+        found = self._query(
+            f"SELECT {quoted(SESSION_COLUMNS)} FROM sessions WHERE sessions.exchanges = 0 "
+            "OR EXISTS (SELECT 1 FROM exchanges WHERE exchanges.session_id = sessions.id "
+            "AND ifnull(attempts, 1) > 0) ORDER BY last_seen_at DESC, id DESC LIMIT 1"
+        )
+        return found[0] if found else None
+
     def exchanges(
         self, limit: int = 50, before: str | None = None, session_id: str | None = None
     ) -> list[dict[str, Any]]:
@@ -106,7 +132,8 @@ class StoreReader(MaskReader, SummaryReader):
         dict of name -> the same sums. A sum is None where no exchange had the number; `unpriced`
         says how many requests with tokens are missing from `cost_usd`, `mended` in how many
         replies something was mended. `saved_usd` is net: `gross_saved_usd` without `lost_usd` and
-        `spent_usd`.
+        `spent_usd`. `unpriced_savings` says how many requests are missing from `gross_saved_usd`
+        and `lost_usd`, `unpriced_spendings` how many from `spent_usd`.
         """
         where, values = matching({"session_id": session_id})
         if since is not None:

@@ -45,6 +45,8 @@ class Mounted(Handler):
         try:
             answer = endpoint.answer(Asked(path, query, body))
             self.answer(await answer if inspect.isawaitable(answer) else answer)
+            if method == "POST":
+                self.site.announce()  # to the other pages that are open
         except StoreError as error:
             raise ApiError(503, str(error)) from error
 

@@ -35,8 +35,8 @@ class Sessions(Api):
 
 class ActiveSession(Api):
     async def get(self) -> None:
-        rows = await self.read(self.site.store.sessions, 1)
-        self.answer({"session": _with_gauge(rows[0]) if rows else None})
+        row = await self.read(self.site.store.active_session)
+        self.answer({"session": _with_gauge(row) if row else None})
 
 
 class Session(Api):

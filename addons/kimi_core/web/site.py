@@ -138,7 +138,7 @@ class Site:
 
     @contextmanager
     def listening(self) -> Iterator[asyncio.Event]:
-        """An event that is set each time the store has new rows."""
+        """An event that is set each time there is something new to read."""
         changed = asyncio.Event()
         self._listeners.add(changed)
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from time import time
 from typing import Any
 
@@ -28,7 +28,7 @@ class Health(Api):
         state = store.state.partition(":")[0]
         live = self.site.proxy.live()
         try:
-            session = _session_state(await asyncio.to_thread(store.sessions, 1), live)
+            session = _session_state(await asyncio.to_thread(store.active_session), live)
         except StoreError:
             session = {"state": "unknown", "percentage": None, "color": None}
         self.answer(
@@ -44,11 +44,11 @@ class Health(Api):
         )
 
 
-def _session_state(newest: Sequence[Mapping[str, Any]], live: int) -> dict[str, Any]:
-    if not newest:
+def _session_state(newest: Mapping[str, Any] | None, live: int) -> dict[str, Any]:
+    if newest is None:
         return {"state": "none", "percentage": None, "color": None}
-    used = gauge(newest[0])
-    active = live or time() - newest[0]["last_seen_at"] < ACTIVE_S
+    used = gauge(newest)
+    active = live or time() - newest["last_seen_at"] < ACTIVE_S
     return {
         "state": "active" if active else "idle",
         "percentage": used["percentage"],
@@ -77,7 +77,7 @@ class Status(Api):
 
 
 class Events(Handler):
-    """Server-sent events: `change` whenever the store has new rows."""
+    """Server-sent events: `change` whenever the page has something new to show."""
 
     async def get(self) -> None:
         self.set_header("Content-Type", "text/event-stream")
