@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping, Sequence
 
 from mitmproxy import command, ctx, exceptions, http
 from mitmproxy.addonmanager import Loader
@@ -14,11 +14,13 @@ from kimi_core.compaction import asking, planning, rewrite, targets
 from kimi_core.compaction.asking import Answer, SummaryFailed, Target
 from kimi_core.compaction.extract import extract
 from kimi_core.compaction.latest import Last, Latest, Took
-from kimi_core.compaction.planning import Conversation, NotWorth, Plan
+from kimi_core.compaction.planning import Conversation, NotWorth, Plan, Size
 from kimi_core.compaction.summaries import Summaries, Summary
 from kimi_core.context import Context
 from kimi_core.exchange import Exchange, Saving, Spending
 from kimi_core.flows import Rank
+from kimi_core.masking.policy import Policy
+from kimi_core.masking.requests import Masker
 from kimi_core.memo import Memo
 from kimi_core.prices import PriceList
 from kimi_core.rules import EXTRACT
@@ -36,6 +38,7 @@ _GROWN = 1.05
 _AGAIN_AFTER_S = 600.0
 _LOOK_BACK = 64
 _REMEMBERED = 64
+_NOT_KEPT = "the store cannot keep the summary"
 
 
 class Compressor:
@@ -52,6 +55,8 @@ class Compressor:
 
     def __init__(self) -> None:
         self._counter = context.Counter(4096)
+        # Of its own: it only foretells what masking, which comes after, will leave.
+        self._masker = Masker()
         self._prices = PriceList()
         self._summaries = Summaries()
         self._latest = Latest()
@@ -99,12 +104,12 @@ class Compressor:
         is_chat = exchange.operation == "chat"
         if is_chat:
             exchange.spendings += self._spent.pop(session) or []
-        fitting = self._summaries.matching(given, owner)
+        fitting = self._summaries.matching(given.chains, owner)
         in_force = next((one for one in fitting if one.used_at is not None), None)
         if flows.bypassed(flow):
             exchange.rewrite = "bypass" if in_force else exchange.rewrite
             return
-        if not len(given) or not planning.is_whole(exchange.document, exchange.dialect):
+        if not len(given):
             return
         body, took = exchange.document.encode(), Took(exchange.attempts)
         if is_chat:
@@ -112,13 +117,16 @@ class Compressor:
             conversation = Conversation(exchange.dialect, body, owner, session)
             if exchange.kind == "turn":
                 headers = targets.shown(flow.request.headers.fields)
-                self._latest.put(Last(conversation, exchange.route, headers, took))
-            if self._auto():
-                in_force = self._look(flow, exchange, given, conversation, fitting, in_force)
+                last = Last(conversation, exchange.route, headers, took, given.chains)
+                self._latest.put(last)
+        if not planning.is_whole(exchange.document, exchange.dialect):
+            return
+        if is_chat and self._auto():
+            in_force = self._look(flow, exchange, given, conversation, fitting, in_force)
         if in_force is not None:
-            self._apply(exchange, given, in_force)
+            self._apply(exchange, given, in_force, counts=is_chat)
             took.saved = in_force.saved
-        elif self._summaries.was_revoked(given, owner):
+        elif is_chat and self._summaries.was_revoked(given.chains, owner):
             exchange.rewrite = "revocation"
 
     def _look(
@@ -133,7 +141,7 @@ class Compressor:
         """Return the summary to send, and begin to prepare the next one in time."""
         said = flows.suite().rules.compression
         window = exchange.route.context if exchange.route else None
-        sent = self._tokens(exchange, given) - (in_force.saved if in_force else 0)
+        sent = max(1, self._tokens(exchange, given) - (in_force.saved if in_force else 0))
         messages = len(given)
         if in_force is not None:
             messages -= in_force.messages_before - in_force.messages_after
@@ -148,7 +156,8 @@ class Compressor:
         if soon and len(given) >= said.min_messages and self._may_begin(conversation.session):
             growth = 1.0 if many or not window else max(1.0, said.at * window / sent)
             target = self._target(flow, exchange)
-            self._begin(conversation, ready or in_force, target, least, growth * _GROWN)
+            base = ready or in_force
+            self._begin(conversation, base, in_force, target, least, growth * _GROWN)
         return in_force
 
     def _share(self, given: Context, ready: Summary, in_force: Summary | None) -> float:
@@ -157,14 +166,16 @@ class Compressor:
         before = in_force.saved if in_force else 0
         return (ready.saved - before) / max(1, ready.tokens_before + since - before)
 
-    def _apply(self, exchange: Exchange, given: Context, summary: Summary) -> None:
+    def _apply(self, exchange: Exchange, given: Context, summary: Summary, *, counts: bool) -> None:
+        """Replace what a summary stands for; what does not count is asked about, not sent."""
         head = self._summaries.head(given, summary)
         exchange.sent = rewrite.compress(
             exchange.document, given, summary.messages, head, summary.text
         )
-        first = not summary.applied
-        self._summaries.use(summary, time.time())
-        flows.suite().store.touch_summary(summary.id)
+        first = counts and not summary.applied
+        if counts:
+            self._summaries.use(summary, time.time())
+            flows.suite().store.touch_summary(summary.id)
         exchange.savings.append(
             Saving("compression", rewrite.place(head), summary.saved, summary.id, first)
         )
@@ -186,13 +197,39 @@ class Compressor:
 
     def _estimate(self, given: Context, first: int) -> int:
         """Return about how many tokens the messages from `first` on take."""
-        cut_at = 0
-        if getattr(ctx.options, "sanitizer_mask", False):
-            cut_at = flows.suite().rules.sanitizer.threshold
+        policy = self._policy()
         pieces = (given.message(index) for index in range(first, len(given)))
         return sum(
-            planning.estimated(context.read(given.dialect, piece.unit), cut_at) for piece in pieces
+            planning.estimated(context.read(given.dialect, piece.unit), policy) for piece in pieces
         )
+
+    def _size(self, owner: str) -> Size:
+        """Return what tells how many tokens of a request leave: counted, and masked as it will."""
+        policy, masks = self._policy(), _masks()
+
+        def size(given: Context) -> int:
+            whole = planning.count(given, self._counter)
+            if not masks:
+                return whole
+            plan = self._masker.plan(given, owner, policy, self._decided)
+            return whole - sum(mask.tokens - mask.sent_tokens for mask in plan.masks)
+
+        return size
+
+    def _policy(self) -> Policy | None:
+        """Return how new messages are masked."""
+        suite = flows.suite()
+        if not (_masks() and ctx.options.sanitizer_mask) or suite.store.state != "ok":
+            return None
+        said = suite.rules.sanitizer
+        return Policy(threshold=said.threshold, keep=said.keep, references=said.references)
+
+    def _decided(self, digests: Sequence[bytes]) -> Mapping[bytes, str]:
+        try:
+            return flows.suite().store.decisions_of(digests)
+        except StoreError as error:
+            logger.debug("no decisions known: %s", type(error).__name__)
+            return {}
 
     # -- summaries
 
@@ -233,12 +270,13 @@ class Compressor:
         self,
         conversation: Conversation,
         base: Summary | None,
+        in_force: Summary | None,
         target: Target | None,
         least: float,
         growth: float = 1.0,
     ) -> asyncio.Task[Summary]:
         session = conversation.session
-        task = asyncio.create_task(self._make(conversation, base, target, least, growth))
+        task = asyncio.create_task(self._make(conversation, base, in_force, target, least, growth))
         self._running[session] = task
 
         def ended(task: asyncio.Task[Summary]) -> None:
@@ -259,41 +297,60 @@ class Compressor:
         self,
         conversation: Conversation,
         base: Summary | None,
+        in_force: Summary | None,
         target: Target | None,
         least: float,
         growth: float,
     ) -> Summary:
         said = flows.suite().rules.compression
+        size = self._size(conversation.owner)
         plan = await asyncio.to_thread(
             planning.plan,
             conversation,
-            self._counter,
+            size,
             said.keep_exchanges,
             said.profile,
             base,
+            in_force,
             least=least,
             growth=growth,
         )
         if target is None:
-            made = await asyncio.to_thread(self._extract, plan)
+            made = await asyncio.to_thread(self._extract, plan, size)
         else:
-            made = await self._ask(plan, target)
+            if flows.suite().store.state not in ("ok", "locked"):
+                raise SummaryFailed(_NOT_KEPT)
+            made = await self._ask(plan, target, size)
+        await self._keep(made)
         self._summaries.put(made)
-        flows.suite().store.add_summary(made.row())
         logger.info(
             "Session %s: a summary of %d messages by %s is ready.",
             made.session,
             made.messages,
             made.model or EXTRACT,
         )
+        flows.suite().announce()
         return made
 
-    def _extract(self, plan: Plan) -> Summary:
+    async def _keep(self, made: Summary) -> None:
+        """Write a summary to disk: another process has to send the same. Raises SummaryFailed."""
+        store = flows.suite().store
+        store.add_summary(made.row())
+        try:
+            kept = await store.committed()
+        except asyncio.CancelledError:
+            if made.session in self._held:
+                store.revoke_summary(made.id)
+            raise
+        if not kept:
+            raise SummaryFailed(_NOT_KEPT)
+
+    def _extract(self, plan: Plan, size: Size) -> Summary:
         profile = flows.suite().rules.compression.profile
         text = extract(plan.replaced, plan.earlier, profile)
-        return planning.summary(plan, text, self._counter)
+        return planning.summary(plan, text, size)
 
-    async def _ask(self, plan: Plan, target: Target) -> Summary:
+    async def _ask(self, plan: Plan, target: Target, size: Size) -> Summary:
         said = flows.suite().rules.compression
         system, user = await asyncio.to_thread(planning.asked, plan, said.profile, target.window)
         session = plan.conversation.session
@@ -305,7 +362,7 @@ class Compressor:
             raise
         cost = await self._spend(session, target, answer)
         return await asyncio.to_thread(
-            planning.summary, plan, answer.text, self._counter, target, answer, cost
+            planning.summary, plan, answer.text, size, target, answer, cost
         )
 
     async def _spend(self, session: str, target: Target, answer: Answer) -> float | None:
@@ -351,31 +408,34 @@ class Compressor:
             raise ApiError(400, "the conversation is not long enough", **_told(state))
         if (running := self._running.get(session)) is not None:
             await asyncio.wait([running])
-        given = Context(last.conversation.dialect, last.conversation.document())
-        fitting = self._summaries.matching(given, last.conversation.owner)
+        fitting = self._summaries.matching(last.chains, last.conversation.owner)
         if fitting and fitting[0].used_at is None:
             made = fitting[0]
         else:
-            made = await self._forced(last, given, fitting, force, state)
+            made = await self._forced(last, fitting, force, state)
         self._held.discard(session)
-        used = self._summaries.use(made, time.time(), applied=False)
+        # A request may have left with it meanwhile, or somebody revoked it.
+        if (ready := self._summaries.get(made.id)) is None:
+            raise ApiError(409, "a summary of this session was revoked meanwhile")
+        used = self._summaries.use(ready, time.time(), applied=False)
         flows.suite().store.add_summary(used.row())
+        await flows.suite().store.committed()
         return used
 
     async def _forced(
         self,
         last: Last,
-        given: Context,
         fitting: list[Summary],
         force: bool,
         state: dict[str, object],
     ) -> Summary:
-        if len(given) < (least := flows.suite().rules.compression.min_messages):
+        if len(last.chains) < (least := flows.suite().rules.compression.min_messages):
             why = f"a conversation of fewer than {least} messages is not compressed"
             raise ApiError(400, why, **_told(state))
         base = fitting[0] if fitting else None
         worth = 0.0 if force else planning.WORTH
-        task = self._begin(last.conversation, base, self._later_target(last), worth)
+        # One that is ready was taken, so that the longest is in force.
+        task = self._begin(last.conversation, base, base, self._later_target(last), worth)
         await asyncio.wait([task])
         if task.cancelled():
             raise ApiError(409, "a summary of this session was revoked meanwhile")
@@ -399,34 +459,47 @@ class Compressor:
         }
         if last is None:
             return state
-        given = await asyncio.to_thread(
-            lambda: Context(last.conversation.dialect, last.conversation.document())
-        )
         full = last.took.full
         if full is None:
-            full = await asyncio.to_thread(planning.count, given, self._counter)
-        fitting = self._summaries.matching(given, last.conversation.owner)
+            full = await asyncio.to_thread(self._full, last.conversation)
+        fitting = self._summaries.matching(last.chains, last.conversation.owner)
         in_force = next((one for one in fitting if one.used_at is not None), None)
-        sent, messages = full, len(given)
+        sent, messages = full, len(last.chains)
         if in_force is not None:
             sent -= in_force.saved
             messages -= in_force.messages_before - in_force.messages_after
+        sent = max(0, sent)
         window = last.route.context
         if window:
             state["current_percentage"] = round(100 * sent / window, 1)
         many = said.from_messages is not None and messages >= said.from_messages
         reached = many or bool(window and sent >= said.at * window)
-        state["can_compress"] = reached and len(given) >= said.min_messages
-        state["hint"] = _hint(reached, window is None, len(given), said.min_messages)
+        state["can_compress"] = reached and len(last.chains) >= said.min_messages
+        state["hint"] = _hint(reached, window is None, len(last.chains), said.min_messages)
         return state
+
+    def _full(self, conversation: Conversation) -> int:
+        """Return how many tokens a request would leave with, without a summary."""
+        given = Context(conversation.dialect, conversation.document())
+        return self._size(conversation.owner)(given)
 
     def _revoke(self, summary_id: str) -> list[Summary]:
         """Let the original messages be sent again; return what is revoked."""
-        revoked = self._summaries.revoke(summary_id)
+        found = self._summaries.get(summary_id)
+        if found is None:
+            return []
+        lasts = [
+            last for last in self._latest.all() if found.fits(last.chains, last.conversation.owner)
+        ]
+        sessions = {last.conversation.session for last in lasts}
+        revoked = self._summaries.revoke(summary_id, [last.chains for last in lasts])
         for one in revoked:
             flows.suite().store.revoke_summary(one.id)
-            self._held.add(one.session)
-            if (task := self._running.get(one.session)) is not None:
+            sessions.add(one.session)
+        flows.suite().announce()
+        for session in sessions:
+            self._held.add(session)
+            if (task := self._running.get(session)) is not None:
                 task.cancel()
         return revoked
 
@@ -483,9 +556,21 @@ class Compressor:
         ]
 
     async def _of_session(self, asked: Asked) -> dict[str, object]:
-        session = asked.path[0]
-        rows = await asyncio.to_thread(flows.suite().store.summaries, session)
+        session, store = asked.path[0], flows.suite().store
+        rows = await asyncio.to_thread(store.summaries, session)
+        # The same conversation may have gone by another name when it was summarised.
+        others = [one.id for one in self._of_latest(session) if one.session != session]
+        for other in others:
+            if (row := await asyncio.to_thread(store.summary, other)) is not None:
+                rows.append(row)
         return {"session": session, "summaries": rows, **await self._state(session)}
+
+    def _of_latest(self, session: str) -> list[Summary]:
+        """Return the summaries that fit a session's last request."""
+        last = self._latest.get(session)
+        if last is None:
+            return []
+        return self._summaries.matching(last.chains, last.conversation.owner)
 
     async def _compress(self, asked: Asked) -> dict[str, object]:
         force = asked.body.get("force", False)
@@ -508,19 +593,22 @@ class Compressor:
             "cost_usd": made.cost_usd,
         }
 
-    def _revoked(self, asked: Asked) -> dict[str, object]:
-        summary = asked.body.get("id")
+    async def _revoked(self, asked: Asked) -> dict[str, object]:
+        session, summary = asked.path[0], asked.body.get("id")
         if not isinstance(summary, str):
             raise ApiError(400, "id is missing; write the id of the summary to revoke")
         known = self._summaries.get(summary)
-        if known is None or known.session != asked.path[0]:
+        if known is None or (known.session != session and known not in self._of_latest(session)):
             raise ApiError(404, "this session has no such summary in force", id=summary)
-        return {"session": known.session, "revoked": [one.id for one in self._revoke(summary)]}
+        revoked = [one.id for one in self._revoke(summary)]
+        await flows.suite().store.committed()
+        return {"session": session, "revoked": revoked}
 
     def _switch(self, asked: Asked) -> dict[str, object]:
-        wanted = asked.body.get("enabled", not self._auto())
+        # Without it the body may be meant for a session that is called "auto".
+        wanted = asked.body.get("enabled")
         if not isinstance(wanted, bool):
-            raise ApiError(400, f"enabled is {wanted!r}; write true or false")
+            raise ApiError(400, "enabled is missing; write true or false")
         ctx.options.compressor_auto = "true" if wanted else "false"
         return {"enabled": wanted}
 
@@ -544,6 +632,11 @@ class Compressor:
         session = asked.path[0]
         rows = await asyncio.to_thread(flows.suite().store.summaries, session)
         return {"session": session, **planning.totals(rows)}
+
+
+def _masks() -> bool:
+    """Tell whether an addon masks requests."""
+    return hasattr(ctx.options, "sanitizer_mask")
 
 
 def _told(state: dict[str, object]) -> dict[str, object]:

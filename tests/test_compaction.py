@@ -13,13 +13,16 @@ from hypothesis import strategies as st
 from kimi_core.compaction import cuts, planning, prompt, rewrite
 from kimi_core.compaction.asking import Answer, SummaryFailed, body
 from kimi_core.compaction.extract import extract
-from kimi_core.compaction.planning import Conversation, NotWorth, Plan, plan
+from kimi_core.compaction.planning import Conversation, NotWorth, Plan, Size, plan
 from kimi_core.compaction.summaries import Summaries, Summary, from_row, prefix_id
 from kimi_core.compaction.targets import of_client, of_route, of_rules, shown
 from kimi_core.context import Context, Counter
 from kimi_core.dialects import ANTHROPIC, DIALECTS, GEMINI, OPENAI, RESPONSES, Dialect
 from kimi_core.document import Document
 from kimi_core.exchange import Message, Route, Usage
+from kimi_core.keys import SECRET_HEADERS
+from kimi_core.masking.policy import Policy
+from kimi_core.masking.requests import Masker
 from kimi_core.rules import RulesError, load
 
 JSON = dict[str, Any]
@@ -111,9 +114,15 @@ def compressed(conversation: Conversation, end: int, text: str = "SUMMARY") -> l
     return history
 
 
+def size() -> Size:
+    """Return what counts requests that nobody masks."""
+    counter = Counter()
+    return lambda given: planning.count(given, counter)
+
+
 def made_plan(dialect: Dialect = OPENAI, base: Summary | None = None, **more: Any) -> Plan:
     conversation = conversation_of(dialect, rounds(dialect, 60, "line of output\n" * 60))
-    return plan(conversation, Counter(), 5, "balanced", base, **more)
+    return plan(conversation, size(), 5, "balanced", base, **more)
 
 
 # --- where it is cut ------------------------------------------------------------------
@@ -177,10 +186,21 @@ def test_a_conversation_that_the_provider_keeps_is_left_alone(key: str) -> None:
     with pytest.raises(NotWorth, match="the provider keeps"):
         plan(
             conversation_of(RESPONSES, rounds(RESPONSES, 60), **{key: "x"}),
-            Counter(),
+            size(),
             5,
             "balanced",
         )
+
+
+@pytest.mark.parametrize("item", [{"type": "item_reference", "id": "rs_1"}, {"id": "rs_1"}])
+def test_a_conversation_that_refers_to_what_the_provider_keeps_is_left_alone(item: JSON) -> None:
+    messages = rounds(RESPONSES, 60)
+    messages.insert(90, item)
+    with pytest.raises(NotWorth, match="the provider keeps"):
+        plan(conversation_of(RESPONSES, messages), size(), 5, "balanced")
+    messages[90] = said(RESPONSES, 'It is an "item_reference".')[0]
+    conversation = conversation_of(RESPONSES, messages)
+    assert planning.is_whole(conversation.document(), RESPONSES)
 
 
 # --- what stands in -------------------------------------------------------------------
@@ -251,6 +271,27 @@ def test_the_latest_instruction_is_quoted_word_for_word() -> None:
     text = rewrite.stand_in(given, 18, cuts.head(given, 18), "what was done")
     assert text.endswith("Now never touch src/old.py")
     assert rewrite.summary_in(text) == "what was done"
+
+
+@EVERY_DIALECT
+def test_an_image_that_goes_is_told_of(dialect: Dialect) -> None:
+    image: dict[str, JSON] = {
+        "openai": {"type": "image_url", "image_url": {"url": "https://x.example/a.png"}},
+        "responses": {"type": "input_image", "image_url": "https://x.example/a.png"},
+        "anthropic": {"type": "image", "source": {"type": "url", "url": "https://x.example/a"}},
+        "gemini": {"inlineData": {"mimeType": "image/png", "data": "QUJD"}},
+    }
+    text = {"text": "Like this mock:"}
+    if dialect is not GEMINI:
+        text["type"] = "input_text" if dialect is RESPONSES else "text"
+    key = "parts" if dialect is GEMINI else "content"
+    messages = rounds(dialect, 4)
+    messages.append({"role": "user", key: [text, image[dialect.name]]})
+    messages += rounds(dialect, 10)[1:]
+    given = context_of(dialect, messages)
+    end = cut(given)
+    stands = rewrite.stand_in(given, end, cuts.head(given, end), "what was done")
+    assert stands.endswith("Like this mock:\n[image, left out]")
 
 
 def test_a_summary_cannot_close_its_own_bracket() -> None:
@@ -389,35 +430,81 @@ def test_a_plan_says_what_it_saves() -> None:
     found = made_plan()
     assert found.end == 1 + 2 * 55
     assert found.least == int(0.6 * found.sent)
-    made = planning.summary(found, "All is well.", Counter())
+    made = planning.summary(found, "All is well.", size())
     assert made.tokens_before == found.full > 10 * made.tokens_after / 2
     assert (made.messages_before, made.messages_after) == (121, 11)
     assert made.source == "extract"
-    assert made.id == prefix_id(found.given, "owner", found.end)
+    assert made.id == prefix_id(found.given.chains, "owner", found.end)
 
 
 def test_a_saving_that_is_too_small_is_none() -> None:
     short = conversation_of(OPENAI, rounds(OPENAI, 8))
     with pytest.raises(NotWorth, match="longer than what it replaces"):
-        plan(short, Counter(), 5, "balanced")
+        plan(short, size(), 5, "balanced")
     messages = rounds(OPENAI, 10, "word " * 600)
     messages[-1]["content"] = "word " * 9000
     heavy_end = conversation_of(OPENAI, messages)
     with pytest.raises(NotWorth, match="% of what is sent"):
-        plan(heavy_end, Counter(), 5, "balanced")
-    assert plan(heavy_end, Counter(), 5, "balanced", least=0.0).end == 11
+        plan(heavy_end, size(), 5, "balanced")
+    assert plan(heavy_end, size(), 5, "balanced", least=0.0).end == 11
+
+
+def masked(policy: Policy) -> Size:
+    masker, counted = Masker(), size()
+    return lambda given: (
+        counted(given)
+        - sum(mask.tokens - mask.sent_tokens for mask in masker.plan(given, "owner", policy).masks)
+    )
+
+
+def test_what_masking_leaves_out_is_not_saved_again() -> None:
+    messages = [{"role": "system", "content": "rule " * 6000}, *wish(OPENAI, "Go")]
+    for n in range(30):
+        lines = "\n".join(f"{line} is a line of result {n}" for line in range(400))
+        messages += round_of(OPENAI, [f"c{n}"], lines)
+    conversation = conversation_of(OPENAI, messages)
+    unmasked = plan(conversation, size(), 5, "balanced")
+    leaves = masked(Policy(400, 200, references=False))
+    with pytest.raises(NotWorth, match="% of what is sent"):
+        plan(conversation, leaves, 5, "balanced")
+    found = plan(conversation, leaves, 5, "balanced", least=0.1)
+    made = planning.summary(found, "All is well.", leaves)
+    assert made.tokens_before == leaves(found.given) < unmasked.full / 3
+    assert made.saved < 30 * 400
+
+
+def test_a_summary_that_only_waits_saves_nothing_yet() -> None:
+    conversation = conversation_of(OPENAI, rounds(OPENAI, 60, "line of output\n" * 60))
+    given_, counted = Context(OPENAI, conversation.document()), size()
+    first = plan(
+        conversation_of(OPENAI, rounds(OPENAI, 30, "line of output\n" * 60)), counted, 5, "balanced"
+    )
+    base = planning.summary(first, "THE FIRST", counted)
+    found = plan(conversation, counted, 5, "balanced", base)
+    assert found.sent == found.full == counted(given_)
+    used = Summaries().use(base, 1.0)
+    found = plan(conversation, counted, 5, "balanced", used, used)
+    assert found.sent == counted(planning.as_sent(conversation, given_, used))
+    assert found.full == found.sent + base.saved
+
+
+def test_a_result_that_will_be_cut_is_estimated_at_what_stays() -> None:
+    result = cuts.messages_of(context_of(OPENAI, rounds(OPENAI, 1, "word " * 4000)))[-1]
+    assert planning.estimated(result) > 4000
+    assert planning.estimated(result, Policy(1000, 500)) == 500
+    assert planning.estimated(result, Policy(0, 500)) > 4000
 
 
 @pytest.mark.parametrize("text", ["", "  \n", "word " * 9000])
 def test_nonsense_is_no_summary(text: str) -> None:
     with pytest.raises(SummaryFailed):
-        planning.summary(made_plan(), text, Counter())
+        planning.summary(made_plan(), text, size())
 
 
 def test_a_failed_summary_says_what_it_took() -> None:
     answer = Answer("word " * 9000, Usage(input_tokens=7, output_tokens=9000))
     with pytest.raises(SummaryFailed) as caught:
-        planning.summary(made_plan(), answer.text, Counter(), answer=answer)
+        planning.summary(made_plan(), answer.text, size(), answer=answer)
     assert caught.value.answer is answer
 
 
@@ -428,10 +515,10 @@ def test_an_earlier_summary_is_extended_and_its_messages_not_told_again() -> Non
             messages += round_of(OPENAI, [f"c{n}"], f"result-{n}. " + "filling words " * 100)
         return conversation_of(OPENAI, messages)
 
-    counter = Counter()
-    first = planning.summary(plan(numbered(20), counter, 5, "balanced"), "THE FIRST", counter)
+    counted = size()
+    first = planning.summary(plan(numbered(20), counted, 5, "balanced"), "THE FIRST", counted)
     used = Summaries().use(first, 1.0)
-    found = plan(numbered(60), counter, 5, "balanced", used)
+    found = plan(numbered(60), counted, 5, "balanced", used, used)
     assert found.sent == found.full - first.saved
     _, user = planning.asked(found, "balanced", None)
     assert "<summary_so_far>\nTHE FIRST\n</summary_so_far>" in user
@@ -547,7 +634,7 @@ def test_an_extract_is_bounded(texts: list[str], earlier: str) -> None:
 
 def summary_of(given_: Context, end: int, **more: Any) -> Summary:
     values: JSON = {
-        "id": prefix_id(given_, "owner", end),
+        "id": prefix_id(given_.chains, "owner", end),
         "owner": "owner",
         "session": "s1",
         "messages": end,
@@ -571,14 +658,14 @@ def test_the_longest_beginning_that_fits_comes_first() -> None:
     given_, known = context_of(OPENAI, rounds(OPENAI, 20)), Summaries()
     for end in (11, 21, 31):
         known.put(summary_of(given_, end))
-    assert [one.messages for one in known.matching(given_, "owner")] == [31, 21, 11]
-    assert known.matching(given_, "another") == []
+    assert [one.messages for one in known.matching(given_.chains, "owner")] == [31, 21, 11]
+    assert known.matching(given_.chains, "another") == []
     branched = rounds(OPENAI, 20)
     branched[25]["content"] = "something else"
-    fitting = known.matching(context_of(OPENAI, branched), "owner")
+    fitting = known.matching(context_of(OPENAI, branched).chains, "owner")
     assert [one.messages for one in fitting] == [21, 11]
     whole = context_of(OPENAI, rounds(OPENAI, 15))
-    assert [one.messages for one in known.matching(whole, "owner")] == [21, 11]
+    assert [one.messages for one in known.matching(whole.chains, "owner")] == [21, 11]
 
 
 def test_it_is_recognised_wherever_cache_control_stands() -> None:
@@ -586,18 +673,46 @@ def test_it_is_recognised_wherever_cache_control_stands() -> None:
     known = Summaries()
     known.put(summary_of(context_of(ANTHROPIC, messages), 21))
     messages[4]["content"][0]["cache_control"] = {"type": "ephemeral"}
-    assert known.matching(context_of(ANTHROPIC, messages), "owner")
+    assert known.matching(context_of(ANTHROPIC, messages).chains, "owner")
 
 
 def test_revoking_takes_the_line_and_is_told_once() -> None:
     given_, known = context_of(OPENAI, rounds(OPENAI, 20)), Summaries()
     for end in (11, 21):
         known.put(summary_of(given_, end, used_at=1.0))
-    assert len(known.revoke(prefix_id(given_, "owner", 21))) == 2
-    assert known.revoke(prefix_id(given_, "owner", 21)) == []
-    assert known.matching(given_, "owner") == []
-    assert not known.was_revoked(given_, "another")
-    assert [known.was_revoked(given_, "owner") for _ in range(3)] == [True, False, False]
+    assert len(known.revoke(prefix_id(given_.chains, "owner", 21))) == 2
+    assert known.revoke(prefix_id(given_.chains, "owner", 21)) == []
+    assert known.matching(given_.chains, "owner") == []
+    assert not known.was_revoked(given_.chains, "another")
+    assert [known.was_revoked(given_.chains, "owner") for _ in range(3)] == [True, False, False]
+
+
+def test_revoking_leaves_other_conversations_alone() -> None:
+    given_, known = context_of(OPENAI, rounds(OPENAI, 20)), Summaries()
+    messages = rounds(OPENAI, 20)
+    messages[0]["content"] = "Another wish"
+    other = context_of(OPENAI, messages)
+    first = summary_of(given_, 11, used_at=1.0, base="")
+    second = summary_of(given_, 21, used_at=1.0, base=first.id)
+    apart = summary_of(other, 11, used_at=1.0, base="")
+    for one in (first, second, apart):
+        known.put(one)
+    assert known.revoke(second.id, [other.chains]) == [first, second]
+    assert known.matching(other.chains, "owner") == [apart]
+    known.revoke(apart.id)
+    assert known.was_revoked(other.chains, "owner")
+    assert known.was_revoked(given_.chains, "owner")
+
+
+def test_what_the_store_alone_knows_is_revoked_by_a_request_of_it() -> None:
+    given_, known = context_of(OPENAI, rounds(OPENAI, 20)), Summaries()
+    messages = rounds(OPENAI, 20)
+    messages[0]["content"] = "Another wish"
+    apart = summary_of(context_of(OPENAI, messages), 11)
+    line = [summary_of(given_, 11), summary_of(given_, 21)]
+    for one in (*line, apart):
+        known.put(one)
+    assert known.revoke(line[0].id, [given_.chains]) == line
 
 
 def test_a_summary_comes_back_from_its_row() -> None:
@@ -607,7 +722,7 @@ def test_a_summary_comes_back_from_its_row() -> None:
     known.load(
         [made.row() | {"revoked_at": None}, summary_of(given_, 21).row() | {"revoked_at": 9}]
     )
-    assert known.matching(given_, "owner") == [made]
+    assert known.matching(given_.chains, "owner") == [made]
 
 
 def test_only_so_many_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -662,11 +777,22 @@ FIELDS = (
     (b"Accept-Encoding", b"br"),
     (b"Idempotency-Key", b"once"),
     (b"anthropic-beta", b"oauth"),
+    (b"X-Stainless-Lang", b"js"),
+    (b"X-Our-Gateway", b"own-secret-key"),
 )
 
 
 def test_a_client_is_shown_without_its_secrets() -> None:
-    assert shown(FIELDS) == ((b"User-Agent", b"KimiCLI/1.5"), (b"anthropic-beta", b"oauth"))
+    assert shown(FIELDS) == (
+        (b"User-Agent", b"KimiCLI/1.5"),
+        (b"anthropic-beta", b"oauth"),
+        (b"X-Stainless-Lang", b"js"),
+    )
+
+
+@pytest.mark.parametrize("name", ["x-litellm-api-key", "helicone-auth", "cf-aig-authorization"])
+def test_a_gateways_key_is_one(name: str) -> None:
+    assert name.encode() in SECRET_HEADERS
 
 
 def test_a_providers_key_goes_to_it_alone(rules: Any) -> None:

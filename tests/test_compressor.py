@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,12 +61,17 @@ def start(provider: Upstream, tmp_path: Path) -> Iterator[Callable[..., Proxy]]:
     """Start a proxy with these settings of compression; each leaves no key and no traceback."""
     started: list[Proxy] = []
 
-    def start(auto: bool = True, more: str = "", scripts: tuple[str, ...] = SCRIPTS) -> Proxy:
+    def start(
+        auto: bool = True,
+        more: str = "",
+        scripts: tuple[str, ...] = SCRIPTS,
+        rules: str = RULES,
+    ) -> Proxy:
         proxy = Proxy(
             tmp_path,
             provider,
             scripts=scripts,
-            more_rules=RULES.format(auto=str(auto).lower(), more=more and f", {more}"),
+            more_rules=rules.format(auto=str(auto).lower(), more=more and f", {more}"),
             options=(f"stats_port={free_port()}", f"stats_token={TOKEN}"),
         )
         started.append(proxy)
@@ -572,7 +579,209 @@ def test_commands_compress_and_revoke(
     wait_until(lambda: "There is no summary" in proxy.output)
 
 
+# --- with masking ---------------------------------------------------------------------
+
+
+def verbose(rounds: int, rules: int = 6000) -> dict[str, Any]:
+    """Return a request whose tool results are long, and so its system text."""
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": " ".join(f"rule{n}" for n in range(rules))},
+        {"role": "user", "content": "fix it"},
+    ]
+    for n in range(rounds):
+        function = {"name": "run", "arguments": json.dumps({"command": f"cmd {n}"})}
+        call = {"id": f"c{n}", "type": "function", "function": function}
+        lines = [f"out {n} {line} {(n * 997 + line * 7919) % 10**6}" for line in range(150)]
+        messages += [
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": f"c{n}", "content": "\n".join(lines)},
+        ]
+    return {"model": "long", "messages": messages}
+
+
+def test_a_saving_is_of_what_leaves_after_masking(
+    start: Callable[..., Proxy], up: Upstream
+) -> None:
+    usual(up)
+    masked = RULES.replace("threshold: 0, keep: 0", "threshold: 400, keep: 200")
+    proxy = start(auto=False, more="from_messages: 30", scripts=("all.py",), rules=masked)
+    page = Page(proxy)
+    send(proxy, verbose(60))
+    before = up.requests[-1]
+    share = page.get("compaction/s1")["current_percentage"]
+    refused = page.post("compress/s1")
+    assert refused.status_code == 400
+    assert "% of what is sent" in refused.json()["error"]
+    done = page.post("compress/s1", force=True).json()
+    assert done["original_tokens"] <= tokens(before.content)
+    assert 0 <= page.get("compaction/s1")["current_percentage"] < share
+    send(proxy, verbose(60))
+    fewer = tokens(before.content) - tokens(up.requests[-1].content)
+    assert 0.7 * fewer < done["tokens_saved"] <= fewer
+    assert 0 < page.get("compaction/s1")["current_percentage"] < share
+    page.post("compaction/s1/revoke", id=done["id"])
+    assert page.get("compaction/s1")["current_percentage"] < 1.2 * share
+    proxy.settled()
+    (row,) = [row for row in proxy.rows() if row["compressed_tokens"]]
+    assert row["compressed_tokens"] == done["tokens_saved"]
+
+
+def test_masked_conversations_are_not_compressed_for_little(
+    start: Callable[..., Proxy], up: Upstream
+) -> None:
+    usual(up)
+    masked = RULES.replace("threshold: 0, keep: 0", "threshold: 400, keep: 200")
+    proxy = start(more="from_messages: 30, model: extract", scripts=("all.py",), rules=masked)
+    for rounds in range(15, 40, 4):
+        send(proxy, verbose(rounds))
+        assert len(up.requests[-1].json()["messages"]) == len(verbose(rounds)["messages"])
+    proxy.settled()
+    assert not summaries(proxy)
+
+
+# --- what is told is on disk ----------------------------------------------------------
+
+
+def test_what_is_answered_is_on_disk(start: Callable[..., Proxy], up: Upstream) -> None:
+    usual(up)
+    proxy, made = start(auto=False), bodies()
+    page = Page(proxy)
+    send(proxy, made[80])
+    done = page.post("compress/s1", force=True).json()
+    (row,) = summaries(proxy)
+    assert row["used_at"] is not None
+    page.post("compaction/s1/revoke", id=done["id"])
+    (row,) = summaries(proxy)
+    assert row["revoked_at"] is not None
+
+
+def test_a_killed_proxy_keeps_the_summary_that_requests_left_with(
+    start: Callable[..., Proxy], up: Upstream
+) -> None:
+    usual(up)
+    proxy, made = start(auto=False), bodies()
+    send(proxy, made[80])
+    Page(proxy).post("compress/s1", force=True)
+    send(proxy, made[81])
+    sent = up.requests[-1].content
+    proxy.stop(signal.SIGKILL)
+    again = start(auto=False)
+    send(again, made[81])
+    assert up.requests[-1].content == sent
+
+
+def test_a_summary_that_cannot_be_kept_is_not_used(
+    start: Callable[..., Proxy], up: Upstream, tmp_path: Path
+) -> None:
+    usual(up)
+    proxy, made = start(auto=False), bodies()
+    page = Page(proxy)
+    send(proxy, made[80])
+    proxy.settled()
+    lock = sqlite3.connect(tmp_path / "kimi.db", isolation_level=None)
+    try:
+        lock.execute("BEGIN IMMEDIATE")
+        refused = page.post("compress/s1", force=True)
+        assert (refused.status_code, "cannot keep" in refused.text) == (502, True)
+        send(proxy, made[81])
+        assert up.requests[-1].json()["messages"] == made[81]["messages"]
+    finally:
+        lock.close()
+
+
+# --- sessions and side calls ----------------------------------------------------------
+
+
+def test_a_count_of_tokens_is_no_request_that_left(
+    start: Callable[..., Proxy], up: Upstream
+) -> None:
+    usual(up)
+    proxy, made = start(auto=False), bodies("anthropic")
+    send(proxy, made[80], "anthropic")
+    Page(proxy).post("compress/s1", force=True)
+    asked = {k: v for k, v in made[81].items() if k not in ("stream", "max_tokens")}
+    with proxy.base_client(headers=OURS) as client:
+        assert client.post("/v1/messages/count_tokens", json=asked).status_code == 200
+    assert len(up.requests[-1].json()["messages"]) < 20
+    send(proxy, made[81], "anthropic")
+    proxy.settled()
+    assert [row["applied"] for row in summaries(proxy)] == [1]
+    (row,) = [row for row in proxy.rows() if row["cache_break_by"]]
+    assert row["cache_break_by"] == "compression"
+
+
+def test_conversations_of_one_session_are_revoked_apart(
+    start: Callable[..., Proxy], up: Upstream
+) -> None:
+    usual(up)
+    proxy, made = start(auto=False), bodies()
+    other = json.loads(json.dumps(made))
+    for body in other:
+        next(m for m in body["messages"] if m["role"] == "user")["content"] = "Another wish"
+    page, done = Page(proxy), []
+    for each in (made, other):
+        send(proxy, each[80])
+        done.append(page.post("compress/s1", force=True).json()["id"])
+    assert page.post("compaction/s1/revoke", id=done[0]).json()["revoked"] == [done[0]]
+    send(proxy, other[81])
+    assert len(up.requests[-1].json()["messages"]) < 20
+    send(proxy, made[81])
+    assert up.requests[-1].json()["messages"] == made[81]["messages"]
+
+
+def test_a_summary_can_be_revoked_where_it_applies(
+    start: Callable[..., Proxy], up: Upstream
+) -> None:
+    usual(up)
+    proxy, made = start(auto=False), bodies()
+    page = Page(proxy)
+    send(proxy, made[80])
+    done = page.post("compress/s1", force=True).json()
+    headers = {**OURS, "x-kimi-session": "renamed"}
+    with proxy.base_client(headers=headers) as client:
+        client.post("/v1/chat/completions", json=made[81])
+        assert len(up.requests[-1].json()["messages"]) < 20
+        assert [one["id"] for one in page.get("compaction/renamed")["summaries"]] == [done["id"]]
+        assert page.post("compaction/renamed/revoke", id=done["id"]).status_code == 200
+        client.post("/v1/chat/completions", json=made[81])
+    assert up.requests[-1].json()["messages"] == made[81]["messages"]
+
+
+def test_no_header_of_a_client_is_sent_later_but_those_that_name_it(
+    start: Callable[..., Proxy], up: Upstream
+) -> None:
+    usual(up)
+    proxy, made = start(auto=False), bodies()
+    names = ("x-litellm-api-key", "helicone-auth", "x-whatever")
+    headers = {**OURS, "user-agent": "Agent/1", **dict.fromkeys(names, "a-secret-of-the-client")}
+    with proxy.base_client(headers=headers) as client:
+        client.post("/v1/chat/completions", json=made[80])
+    assert all(up.requests[-1].header(name) for name in names)
+    Page(proxy).post("compress/s1", force=True)
+    asked = up.requests[-1]
+    assert asked.header("user-agent") == "Agent/1"
+    assert "a-secret-of-the-client" not in str(asked.headers)
+
+
 # --- the API --------------------------------------------------------------------------
+
+
+def test_references_to_what_a_provider_keeps_are_not_compressed(
+    start: Callable[..., Proxy], up: Upstream
+) -> None:
+    usual(up)
+    proxy, body = start(auto=False), bodies("responses")[80]
+    body["input"].insert(-20, {"type": "item_reference", "id": "rs_1"})
+    send(proxy, body, "responses")
+    refused = Page(proxy).post("compress/s1", force=True)
+    assert (refused.status_code, "the provider keeps" in refused.json()["error"]) == (400, True)
+
+
+def test_a_session_called_auto_switches_nothing(start: Callable[..., Proxy], up: Upstream) -> None:
+    page = Page(start(auto=False))
+    refused = page.post("compaction/auto", force=True)
+    assert (refused.status_code, "enabled" in refused.json()["error"]) == (400, True)
+    assert page.get("compaction/stats")["auto"] is False
 
 
 def test_what_the_api_tells(start: Callable[..., Proxy], up: Upstream) -> None:

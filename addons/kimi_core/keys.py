@@ -7,6 +7,11 @@ SECRET_HEADERS = frozenset(
         b"x-api-key",
         b"x-goog-api-key",
         b"api-key",
+        b"x-api-token",
+        b"x-auth-token",
+        b"x-litellm-api-key",
+        b"helicone-auth",
+        b"cf-aig-authorization",
         b"cookie",
     )
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kimi_core.compaction.planning import Conversation
@@ -36,6 +37,8 @@ class Last:
     route: Route
     headers: Fields
     took: Took
+    chains: Sequence[bytes]
+    """By which each beginning of it is recognised, see `Context`."""
 
 
 class Latest:
@@ -55,6 +58,9 @@ class Latest:
 
     def get(self, session: str) -> Last | None:
         return self._known.get(session)
+
+    def all(self) -> list[Last]:
+        return list(self._known.values())
 
     def _drop(self, session: str) -> None:
         if (old := self._known.pop(session, None)) is not None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Raw
 
 from kimi_core import tokens
 from kimi_core.compaction import cuts, rewrite
@@ -17,6 +19,7 @@ from kimi_core.context import Context, Counter
 from kimi_core.dialects import RESPONSES, Dialect
 from kimi_core.document import Document
 from kimi_core.exchange import Message
+from kimi_core.masking.policy import Policy
 from kimi_core.rules_schema import Profile
 
 WORTH = 0.6
@@ -25,7 +28,11 @@ WORTH = 0.6
 MODEL = "o200k"
 """What tokens are counted by, whatever the model."""
 
+Size = Callable[[Context], int]
+"""Returns the tokens of a request as it leaves, which masking may have made fewer."""
+
 _TOKENS_PER_WORD = 2
+_REFERENCE = b'"item_reference"'
 
 
 class NotWorth(Exception):
@@ -57,8 +64,10 @@ class Plan:
     """What is summarised, without what an earlier summary tells already."""
     earlier: str
     """That summary."""
+    base: str
+    """Its id; empty when there is none."""
     full: int
-    """Tokens of the whole request without any summary."""
+    """Tokens of the whole request as it would leave without any summary."""
     sent: int
     """Tokens of it as it leaves now."""
     least: int
@@ -69,23 +78,36 @@ def is_whole(document: Document, dialect: Dialect) -> bool:
     """Tell whether a request has all of its conversation, none of it kept by the provider."""
     if dialect is not RESPONSES:
         return True
-    return not (document.get("previous_response_id") or document.get("conversation"))
+    if document.get("previous_response_id") or document.get("conversation"):
+        return False
+    # What an item refers to may belong to its neighbour, and only the provider knows.
+    return not any(map(_is_reference, dialect.messages(document).raws))
+
+
+def _is_reference(raw: bytes | Raw) -> bool:
+    text = bytes(raw)
+    # It may do without a type, unlike all others but messages.
+    if not text.startswith(b"{"):
+        return False
+    return _REFERENCE in text or (b'"type"' not in text and b'"role"' not in text)
 
 
 def plan(
     conversation: Conversation,
-    counter: Counter,
+    size: Size,
     keep_exchanges: int,
     profile: Profile,
     base: Summary | None = None,
+    in_force: Summary | None = None,
     *,
     least: float = WORTH,
     growth: float = 1.0,
 ) -> Plan:
     """Return how to compress a conversation further than `base` does.
 
-    `least` is the share that has to be saved of what is sent, when that is `growth` times as long
-    as now. Takes some milliseconds: to be called from a thread. Raises NotWorth.
+    `in_force` is the summary that the request leaves with now. `least` is the share that has to be
+    saved of what is sent, when that is `growth` times as long as now. Takes some milliseconds, and
+    more where masking looks at a conversation first: to be called from a thread. Raises NotWorth.
     """
     document, dialect = conversation.document(), conversation.dialect
     if not is_whole(document, dialect):
@@ -97,10 +119,10 @@ def plan(
     if not end:
         raise NotWorth(f"nothing stands before the last {keep_exchanges} exchanges")
     head = cuts.head(given, end)
-    full = count(given, counter)
-    sent = full - (base.saved if base and base.used_at else 0)
+    sent = size(as_sent(conversation, given, in_force))
+    full = sent + (in_force.saved if in_force else 0)
     made = rewrite.compress(conversation.document(), given, end, head, "")
-    expected = count(made, counter) + WORDS[profile] * _TOKENS_PER_WORD
+    expected = size(made) + WORDS[profile] * _TOKENS_PER_WORD
     later = growth * sent
     share = (sent - expected) / later if later else 0.0
     if share <= 0:
@@ -113,7 +135,27 @@ def plan(
     kept = set(head.kept)
     replaced = [message for n, message in enumerate(messages[:end]) if n >= after and n not in kept]
     earlier = rewrite.summary_in(base.text) if base else ""
-    return Plan(conversation, given, end, head, replaced, earlier, full, sent, int(least * later))
+    return Plan(
+        conversation,
+        given,
+        end,
+        head,
+        replaced,
+        earlier,
+        base.id if base else "",
+        full,
+        sent,
+        int(least * later),
+    )
+
+
+def as_sent(conversation: Conversation, given: Context, in_force: Summary | None) -> Context:
+    """Return the context of a conversation with the summary that is in force."""
+    if in_force is None:
+        return given
+    end = in_force.messages
+    head = cuts.head(given, end)
+    return rewrite.compress(conversation.document(), given, end, head, in_force.text)
 
 
 def count(given: Context, counter: Counter) -> int:
@@ -129,7 +171,7 @@ def asked(found: Plan, profile: Profile, window: int | None) -> tuple[str, str]:
 def summary(
     found: Plan,
     text: str,
-    counter: Counter,
+    size: Size,
     target: Target | None = None,
     answer: Answer | None = None,
     cost: float | None = None,
@@ -141,14 +183,14 @@ def summary(
     conversation, given = found.conversation, found.given
     stands = rewrite.stand_in(given, found.end, found.head, text)
     made = rewrite.compress(conversation.document(), given, found.end, found.head, stands)
-    after = count(made, counter)
+    after = size(made)
     if not text.strip():
         raise SummaryFailed("the summary is empty", answer)
     if found.sent - after <= max(0, found.least):
         raise SummaryFailed("the summary is too long for what it replaces", answer)
     usage = answer.usage if answer else None
     return Summary(
-        id=prefix_id(given, conversation.owner, found.end),
+        id=prefix_id(given.chains, conversation.owner, found.end),
         owner=conversation.owner,
         session=conversation.session,
         messages=found.end,
@@ -164,19 +206,17 @@ def summary(
         messages_before=len(given),
         messages_after=len(made),
         created_at=time.time(),
+        base=found.base,
     )
 
 
-def estimated(message: Message, most: int = 0) -> int:
-    """Return about how many tokens a message takes, without counting them.
-
-    A tool result counts at most `most`, where that is not 0: it will be cut.
-    """
+def estimated(message: Message, policy: Policy | None = None) -> int:
+    """Return about how many tokens a message takes, masked by `policy`, without counting them."""
     total = 0
     for part in message.parts:
         size = len(part.text) // 4 + 4
-        if part.kind == "tool_result" and most:
-            size = min(size, most)
+        if part.kind == "tool_result" and policy and 0 < policy.threshold < size:
+            size = policy.keep
         total += tokens.DEFAULT_IMAGE_TOKENS if part.kind == "image" else size
     return total
 

@@ -109,5 +109,5 @@ def _lines(message: Message, result_chars: int) -> Iterator[tuple[str, bool]]:
             yield "Assistant: " + shortened(part.text.strip(), _ASSISTANT_CHARS), False
         elif part.kind == "text" and message.role == "system" and part.text.strip():
             yield "System: " + shortened(part.text.strip(), _ASSISTANT_CHARS), False
-        elif part.kind in ("image", "file"):
+        elif part.kind in ("image", "file") and part.category != "user":
             yield f"[{part.kind}]", False

@@ -115,10 +115,18 @@ def _block(given: Context, text: str) -> dict[str, Any]:
 
 
 def words_of(message: Message) -> str:
-    """Return what a person, or who speaks for one, said in a message."""
+    """Return what a person, or who speaks for one, said in a message.
+
+    Of an image or a file it tells that there was one.
+    """
     if message.role != "user":
         return ""
-    return "\n".join(part.text for part in message.parts if part.kind == "text").strip()
+    words = (
+        f"[{part.kind}, left out]" if part.kind in ("image", "file") else part.text
+        for part in message.parts
+        if part.kind == "text" or (part.kind in ("image", "file") and part.category == "user")
+    )
+    return "\n".join(words).strip()
 
 
 def shortened(text: str, size: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -21,7 +21,8 @@ Source = Literal["model", "extract"]
 class Summary:
     """What stands for the first `messages` messages of a conversation.
 
-    Numbers of tokens are those of a whole request by o200k: without any summary, and with this.
+    Numbers of tokens are those of a whole request by o200k, masked as it leaves: without any
+    summary, and with this.
     """
 
     id: str
@@ -46,15 +47,26 @@ class Summary:
     """None: it is ready, and waits until it is needed."""
     applied: int = 0
     """How many requests left with it."""
+    base: str | None = None
+    """The id of the summary that it extends; None: not known, for the store does not keep it."""
 
     @property
     def saved(self) -> int:
         """Return how many tokens fewer leave with each request."""
         return self.tokens_before - self.tokens_after
 
+    def fits(self, chains: Sequence[bytes], owner: str) -> bool:
+        """Tell whether a request begins with the messages that it replaces."""
+        return (
+            self.owner == owner
+            and self.messages < len(chains)
+            and prefix_id(chains, owner, self.messages) == self.id
+        )
+
     def row(self) -> dict[str, Any]:
         """Return it as a row of the store."""
         row = asdict(self)
+        del row["base"]
         return row | {"key_hash": row.pop("owner"), "session_id": row.pop("session")}
 
 
@@ -82,9 +94,12 @@ def from_row(row: Mapping[str, Any]) -> Summary:
     )
 
 
-def prefix_id(given: Context, owner: str, end: int) -> str:
-    """Return by what the first `end` messages of a conversation are recognised."""
-    return xxhash.xxh3_128_hexdigest(owner.encode() + given.chains[end - 1])
+def prefix_id(chains: Sequence[bytes], owner: str, end: int) -> str:
+    """Return by what the first `end` messages of a conversation are recognised.
+
+    `chains` are those of a request, see `Context`.
+    """
+    return xxhash.xxh3_128_hexdigest(owner.encode() + chains[end - 1])
 
 
 class Summaries:
@@ -118,15 +133,15 @@ class Summaries:
     def get(self, summary_id: str) -> Summary | None:
         return self._known.get(summary_id)
 
-    def matching(self, given: Context, owner: str) -> list[Summary]:
+    def matching(self, chains: Sequence[bytes], owner: str) -> list[Summary]:
         """Return those that fit the beginning of a request, the longest first."""
         lengths = self._lengths.get(owner)
         if not lengths:
             return []
         fitting = (
-            self._known.get(prefix_id(given, owner, length))
+            self._known.get(prefix_id(chains, owner, length))
             for length in sorted(lengths, reverse=True)
-            if length < len(given)
+            if length < len(chains)
         )
         return [summary for summary in fitting if summary is not None]
 
@@ -143,41 +158,46 @@ class Summaries:
         self._known[summary.id] = used
         return used
 
-    def revoke(self, summary_id: str) -> list[Summary]:
-        """Take a summary out of force, and with it those of its session that it stands in.
+    def revoke(self, summary_id: str, requests: Iterable[Sequence[bytes]] = ()) -> list[Summary]:
+        """Take a summary out of force, and with it those that it extends or that extend it.
 
-        One extends the other: what was said before would else be missing, or said by another.
+        What was said before would else be missing, or said by another. Which these are is read
+        off `requests` of the conversation, the chains of each. Without one, what the store alone
+        knows of the session is taken for one conversation.
         """
         found = self._known.get(summary_id)
         if found is None:
             return []
-        line = [
-            one
-            for one in self._known.values()
-            if (one.session, one.owner) == (found.session, found.owner)
-        ]
+        line = self._line(found, requests)
         for one in line:
             self._forget(one.id)
             if one.used_at is not None:
                 self._revoked[one.id] = one
         return line
 
-    def was_revoked(self, given: Context, owner: str) -> bool:
+    def was_revoked(self, chains: Sequence[bytes], owner: str) -> bool:
         """Tell, once, whether a request leaves with bytes again that a summary stood for."""
-        session = next(
-            (
-                one.session
-                for one in self._revoked.values()
-                if one.owner == owner
-                and one.messages < len(given)
-                and prefix_id(given, owner, one.messages) == one.id
-            ),
-            None,
-        )
-        if session is None:
-            return False
-        self._revoked = {k: v for k, v in self._revoked.items() if v.session != session}
-        return True
+        fitting = [one.id for one in self._revoked.values() if one.fits(chains, owner)]
+        for summary_id in fitting:
+            del self._revoked[summary_id]
+        return bool(fitting)
+
+    def _line(self, found: Summary, requests: Iterable[Sequence[bytes]]) -> list[Summary]:
+        owner = found.owner
+        seen = [chains for chains in requests if found.fits(chains, owner)]
+        taken = {found.id} | {one.id for chains in seen for one in self.matching(chains, owner)}
+        if not seen:
+            taken |= {
+                one.id
+                for one in self._known.values()
+                if one.base is None and (one.session, one.owner) == (found.session, found.owner)
+            }
+        grown = 0
+        while len(taken) > grown:
+            grown = len(taken)
+            taken |= {one.id for one in self._known.values() if one.base in taken}
+            taken |= {one.base for one in self._known.values() if one.id in taken and one.base}
+        return [one for one in self._known.values() if one.id in taken]
 
     def _forget(self, summary_id: str) -> None:
         self._heads.pop(summary_id, None)

@@ -12,25 +12,22 @@ from kimi_core.rules import Provider, Rules
 
 Fields = tuple[tuple[bytes, bytes], ...]
 
-# Of another request's body, connection or origin; a client's key goes along by itself.
-_DROPPED = SECRET_HEADERS | frozenset(
+# Who the client is. Any other header may hold a secret, whatever its name.
+_SHOWN = frozenset(
     (
-        b"host",
-        b"accept",
-        b"accept-encoding",
-        b"connection",
-        b"keep-alive",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-        b"expect",
-        b"origin",
-        b"referer",
-        b"idempotency-key",
+        b"user-agent",
+        b"anthropic-version",
+        b"anthropic-beta",
+        b"openai-organization",
+        b"openai-project",
+        b"http-referer",
+        b"x-title",
+        b"x-app",
+        b"x-msh-platform",
+        b"x-msh-version",
     )
 )
+_SHOWN_PREFIX = b"x-stainless-"
 
 
 def shown(fields: Iterable[tuple[bytes, bytes]]) -> Fields:
@@ -38,7 +35,7 @@ def shown(fields: Iterable[tuple[bytes, bytes]]) -> Fields:
     return tuple(
         field
         for field in fields
-        if (name := field[0].lower()) not in _DROPPED and not name.startswith(b"content-")
+        if (name := field[0].lower()) in _SHOWN or name.startswith(_SHOWN_PREFIX)
     )
 
 
