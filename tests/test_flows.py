@@ -459,6 +459,17 @@ def test_what_a_stage_lets_pass_at_a_glance_leaves_before_it_is_read(more: list[
     assert len(stage.seen) == 2
 
 
+@pytest.mark.parametrize(
+    "first", [b"data: {}\n", b"data: {}", b"data: {}\n\ndata: {}", b"data: {}\r\n"]
+)
+def test_half_an_event_is_not_let_pass(first: bytes) -> None:
+    stage = Glancing()
+    pipe = piped(stage)
+    whole = first + b"\n\n"
+    out = [*pipe(first), *pipe(b"\n\n"), *pipe(b"")]
+    assert b"".join(out) == whole
+
+
 def test_a_cut_reply_ends_each_stage_once_and_sends_nothing() -> None:
     stage = Stage(hold=1)
     pipe = piped(stage)

@@ -11,7 +11,7 @@ import brotli
 import zstandard
 
 from kimi_core.exchange import Exchange
-from kimi_core.sse import Event, Framing, JSONArray
+from kimi_core.sse import SSE, Event, Framing, JSONArray
 from kimi_core.stages import Stage
 
 logger = logging.getLogger(__name__)
@@ -84,10 +84,13 @@ class Pipe:
             self._through(events, reading)
 
     def _let_pass(self, first: bytes) -> bool:
-        """Tell whether each stage sees at a glance that it will not touch a reply's first bytes.
+        """Tell whether each stage sees at a glance that it will not touch a reply's first events.
 
         What most replies begin with says nothing, and need not wait to be read.
         """
+        # Of half an event the rest would come out with the first half again.
+        if not first.endswith(b"\n\n") or b"\r" in first or not isinstance(self._framing, SSE):
+            return False
         editing = (stage for stage in self._stages if not stage.reads_only)
         looks = [getattr(stage, "lets_pass", None) for stage in editing]
         return all(look is not None and look(first) for look in looks)
