@@ -98,6 +98,8 @@ class Normalizer:
         return make
 
     def _mend_history(self, exchange: Exchange) -> None:
+        if b'"tool' not in exchange.document.body:
+            return  # nobody has called anything so far
         upstream = exchange.route.model if exchange.route else ""
         owner = _owner(exchange)
         mend_history(

@@ -968,6 +968,9 @@ def _framing(flow: http.HTTPFlow, state: _State) -> Framing | None:
     return None
 
 
+_LENGTH = b"content-length"
+
+
 def _open(flow: http.HTTPFlow, state: _State) -> None:
     """Let an event stream through as it comes; everything else is buffered by mitmproxy."""
     response, framing = flow.response, _framing(flow, state)
@@ -981,9 +984,12 @@ def _open(flow: http.HTTPFlow, state: _State) -> None:
     encoding = headers.get("content-encoding", "")
     state.pipe = Pipe(flow.id, state.exchange, framing, state.stages, encoding)
     if state.pipe.edits:
-        headers.pop("content-encoding", None)
-        if headers.pop("content-length", None) and response.http_version == "HTTP/1.1":
-            headers["transfer-encoding"] = "chunked"
+        kept = [f for f in headers.fields if f[0].lower() not in (b"content-encoding", _LENGTH)]
+        if len(kept) < len(headers.fields):
+            had_length = _LENGTH in {name.lower() for name, _ in headers.fields}
+            headers.fields = tuple(kept)
+            if had_length and response.http_version == "HTTP/1.1":
+                headers["transfer-encoding"] = "chunked"
     response.stream = state.pipe
     if body := response.raw_content:
         # A flow out of a file: its reply is all there, and mitmproxy will not call the pipe.

@@ -31,16 +31,14 @@ class Answer:
         """From the request to the first byte of the reply's body."""
         for at, data in self.pieces:
             # The head may come alone; the provider sends its first event right behind it.
-            if b"sent@" in data:
+            if b"data: " in data:
                 return (at - self.asked_ns) / 1e6
         raise BadAnswer("a stream without an event")
 
     @property
     def chunk_delays_ms(self) -> list[float]:
-        """How long each event but the first took from the provider to the client."""
-        return [(at - int(sent)) / 1e6 for at, data in self.pieces for sent in _SENT.findall(data)][
-            1:
-        ]
+        """How long each event with text took from the provider to the client."""
+        return [(at - int(sent)) / 1e6 for at, data in self.pieces for sent in _SENT.findall(data)]
 
 
 class Client(asyncio.Protocol):

@@ -34,6 +34,7 @@ _EVENT = (
     b'"model":"bench","choices":[%s]%s}\n\n'
 )
 _DELTA = b'{"index":0,"delta":{"content":" sent@%d@"},"finish_reason":null}'
+_WHO = b'{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}'
 _FINISH = b'{"index":0,"delta":{},"finish_reason":"stop"}'
 _END = _EVENT % (_FINISH, b"") + _EVENT % (b"", b"," + _USAGE) + b"data: [DONE]\n\n"
 
@@ -73,8 +74,10 @@ class Provider(asyncio.Protocol):
         if asked is None:
             self._transport.write(_PLAIN)
             return
-        self._transport.write(_STREAM)
-        self._next(int(asked[1]), int(asked[2]) / 1000)
+        # What vLLM, SGLang and the makers' own APIs begin with comes before the first word.
+        self._transport.write(_STREAM + _chunk(_EVENT % (_WHO, b"")))
+        gap_s = int(asked[2]) / 1000
+        asyncio.get_running_loop().call_later(gap_s, self._next, int(asked[1]), gap_s)
 
     def _next(self, left: int, gap_s: float) -> None:
         if self._transport.is_closing():

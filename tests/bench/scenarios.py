@@ -1,6 +1,7 @@
 """What is measured, and when it is good enough."""
 
 import asyncio
+import contextlib
 import json
 import random
 import sqlite3
@@ -230,27 +231,18 @@ async def _one_by_one(
 # --- markup -----------------------------------------------------------------------------------
 
 
+_PAIRS = 4
+"""Two proxies that do the same differ by some tenths of a millisecond for as long as they live."""
+
+
 def markup(bench: Bench) -> None:
     """What the Normalizer adds to a Kimi stream without markup; how fast it reads text."""
-    number = 2 if bench.quick else 100
-    kimi = [number_ * len(bodies.MODELS) for number_ in (bench.seed() for _ in range(number))]
-    made = [bodies.Growing((), (bodies.short(seed, True),)) for seed in kimi]
-    # Two of the same age, or the memory of the one would count against the other.
-    fresh = [
-        proxies.ours(bench.folder / name, bench.provider, "mitmdump", 1000, option)
-        for name, option in (("mended", "normalizer_mend=true"), ("not", "normalizer_mend=false"))
-    ]
-    with fresh[0] as mending, fresh[1] as without:
-        warm = [[bodies.short(bench.seed() * len(bodies.MODELS), True)] for _ in range(64)]
-        for proxy in (without, mending):
-            bench.play(proxy, warm, 4, STREAM)
-        answers = list(asyncio.run(_one_by_one(bench, made, without, mending)))
-        _complaints(without)
-        _complaints(mending)
+    answers: list[tuple[str, Answer]] = []
+    for pair in range(1 if bench.quick else _PAIRS):
+        answers += _with_and_without(bench, str(pair), 2 if bench.quick else 30)
     first: dict[str, list[float]] = {"without": [], "with": []}
     chunks: dict[str, list[float]] = {"without": [], "with": []}
-    for proxy, answer in answers:
-        name = "without" if proxy is without else "with"
+    for name, answer in answers:
         first[name].append(answer.first_byte_ms)
         chunks[name] += answer.chunk_delays_ms
     later = median(b - a for a, b in zip(first["without"], first["with"], strict=True))
@@ -276,6 +268,28 @@ def markup(bench: Bench) -> None:
         rate = len(text.encode()) / 1e6 / min(took)
         report.figures.append((f"text scanned, {name}", "MB/s", None, rate, "1 MB, whole"))
         report.gate(Gate(f"text scanned, {name}", rate, MIN_SCAN_MB_S, "MB/s", at_least=True))
+
+
+def _with_and_without(bench: Bench, name: str, streams: int) -> list[tuple[str, Answer]]:
+    """Return the answers of two proxies of one age, one of which does not mend."""
+    kimi = [number * len(bodies.MODELS) for number in (bench.seed() for _ in range(streams))]
+    made = [bodies.Growing((), (bodies.short(seed, True),)) for seed in kimi]
+    options = {"with": "normalizer_mend=true", "without": "normalizer_mend=false"}
+    with contextlib.ExitStack() as stack:
+        fresh = {
+            kind: stack.enter_context(
+                proxies.ours(bench.folder / f"{kind}-{name}", bench.provider, "mitmdump", 1000, one)
+            )
+            for kind, one in options.items()
+        }
+        warm = [[bodies.short(bench.seed() * len(bodies.MODELS), True)] for _ in range(64)]
+        for proxy in fresh.values():
+            bench.play(proxy, warm, 4, STREAM)
+        answers = asyncio.run(_one_by_one(bench, made, fresh["without"], fresh["with"]))
+        for proxy in fresh.values():
+            _complaints(proxy)
+        names = {proxy.pid: kind for kind, proxy in fresh.items()}
+        return [(names[proxy.pid], answer) for proxy, answer in answers]
 
 
 # --- the 40th turn ----------------------------------------------------------------------------
