@@ -20,7 +20,7 @@ from kimi_core.masking.conversation import Change, Conversation
 from kimi_core.masking.policy import Policy
 from kimi_core.memo import Memo
 
-_CONVERSATIONS = 64
+_CONVERSATIONS = 256
 """Of so many the state is kept; any other is read again from its beginning."""
 _PLANS = 512
 _DECISIONS = 32_768
