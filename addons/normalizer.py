@@ -14,7 +14,7 @@ from kimi_core.flows import Rank
 from kimi_core.markup import GRAMMARS, Scanner, grammar_of
 from kimi_core.mending import asked
 from kimi_core.mending.chat import MendChat
-from kimi_core.mending.history import Thoughts, mend_history
+from kimi_core.mending.history import Thoughts, has_calls, mend_history
 from kimi_core.mending.messages import MendMessages
 from kimi_core.stages import Stage, StageRank
 
@@ -98,8 +98,8 @@ class Normalizer:
         return make
 
     def _mend_history(self, exchange: Exchange) -> None:
-        if b'"tool' not in exchange.document.body:
-            return  # nobody has called anything so far
+        if not has_calls(exchange.document):
+            return
         upstream = exchange.route.model if exchange.route else ""
         owner = _owner(exchange)
         mend_history(

@@ -97,12 +97,12 @@ class Sanitizer:
         given, owner = context.sent(exchange), exchange.client_key_hash
         if not len(given):
             return None
-        new = self._masker.new_bytes(given, owner)
+        new, is_known = self._masker.unread(given, owner)
         if (
             new > _INLINE_BYTES
             or (new and not tokens.tokenizer_for("o200k").loaded)
             # What another process decided is in the store.
-            or (len(given) > 2 and not self._masker.knows(given, owner))
+            or (len(given) > 2 and not is_known)
             or self._flushes(exchange)
         ):
             return self._slowly(flow, exchange, given)

@@ -132,7 +132,7 @@ def test_a_longer_conversation_is_known_as_far_as_it_was_seen() -> None:
     assert not any(mask.new for mask in plan.masks)
     assert again == second
     _, context = document_of(body_of(messages))
-    assert masker.new_bytes(context, "me") == 0
+    assert masker.unread(context, "me") == (0, True)
 
 
 def test_a_switch_concerns_new_messages_only() -> None:

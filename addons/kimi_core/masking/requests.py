@@ -101,19 +101,14 @@ class Masker:
         seed = owner.encode()
         return [xxhash.xxh3_128_digest(seed + chain) for chain in context.chains]
 
-    def new_bytes(self, context: Context, owner: str) -> int:
-        """Return how many bytes `plan` will have to read."""
-        first = 0
+    def unread(self, context: Context, owner: str) -> tuple[int, bool]:
+        """Return how many bytes `plan` will have to read, and if it goes on from what is known."""
         found = self._longest(context, owner)
-        if found is not None:
-            first = found.known
-            if first < len(context) and self._states.get(found.digest) is None:
-                first = 0
-        return sum(len(memoryview(context.raw(index))) for index in range(first, len(context)))
-
-    def knows(self, context: Context, owner: str) -> bool:
-        """Tell whether a part of the conversation was planned here."""
-        return self._longest(context, owner) is not None
+        first = found.known if found is not None else 0
+        if found is not None and first < len(context) and self._states.get(found.digest) is None:
+            first = 0
+        new = (context.raw(index) for index in range(first, len(context)))
+        return sum(len(memoryview(raw)) for raw in new), found is not None
 
     def plan(
         self,

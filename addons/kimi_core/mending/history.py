@@ -89,6 +89,11 @@ class _Thought:
     size: int
 
 
+def has_calls(document: Document) -> bool:
+    """Tell whether somebody may have called a tool so far: without calls nothing is mended."""
+    return b'"tool_call' in document.body or b'"tool"' in document.body
+
+
 def mend_history(
     document: Document,
     *,
@@ -108,8 +113,6 @@ def mend_history(
     With an `owner`, whose thoughts `recall` knows, what became of a conversation is remembered,
     and only what is new in it is looked at.
     """
-    if b'"tool_call' not in document.body and b'"tool"' not in document.body:
-        return  # nobody has called anything so far
     raws = document.elements("messages")
     if not raws:
         return
